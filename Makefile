@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help quickstart test test-slow lint clean
+
+help:
+	@echo "make quickstart   train a small teacher, distil it to one step, measure both, write runs/digits/report.html"
+	@echo "make test         the test suite (minutes)"
+	@echo "make test-slow    the long tests as well"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove .venv and caches (runs/ stays)"
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Installing the dependencies into .venv (several GB: a few minutes) ..."
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python scripts/quickstart.py
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .ruff_cache .mypy_cache .pytest_cache *.egg-info

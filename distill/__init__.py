@@ -1,0 +1,1 @@
+"""The art itself: divergences, distillation methods, the Accelerate training loop."""

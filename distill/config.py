@@ -1,0 +1,117 @@
+"""Configuration: dataclasses are the truth; YAML files and `key=value` overrides fill them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and one line of help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def section(config_class: type, help: str) -> Any:
+    """A dataclass field that holds another configuration."""
+    return dataclasses.field(default_factory=config_class, metadata={"help": help})
+
+
+def parse_arguments(config_class: type[Config], description: str, argv: list[str] | None = None) -> Config:
+    """The configuration that a command line asks for; `--dry-run` prints it and exits, bad input exits with a line."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="settings (in the YAML file, or as key=value):\n" + describe(config_class),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="a YAML file with settings")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(config_class, arguments.config, arguments.overrides)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    if arguments.dry_run:
+        print(to_yaml(config), end="")
+        parser.exit()
+    return config
+
+
+def load_config(
+    config_class: type[Config], path: Path | str | None = None, overrides: typing.Sequence[str] = ()
+) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides; raises ValueError that names the setting at fault."""
+    merged = OmegaConf.structured(config_class)
+    for source, given in [(str(path), _read_yaml(path)), ("the command line", _read_overrides(overrides))]:
+        _check_keys(given, config_class, source)
+        try:
+            merged = OmegaConf.merge(merged, given)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, config_class)
+    return config
+
+
+def _read_yaml(path: Path | str | None) -> Mapping[str, Any]:
+    if path is None:
+        return {}
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        given = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is not a YAML file of settings: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold settings as `key: value`")
+    return given
+
+
+def _read_overrides(overrides: typing.Sequence[str]) -> Mapping[str, Any]:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is not of the form key=value")
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(given, dict)
+    return given
+
+
+def _check_keys(given: Mapping[str, Any], config_class: type, source: str, prefix: str = "") -> None:
+    types = typing.get_type_hints(config_class)
+    for key, value in given.items():
+        if key not in types:
+            near = difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.5)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(types)}"
+            raise ValueError(f"{source}: unknown setting {prefix}{key}{hint}")
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            _check_keys(value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML text that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe(config_class: type, prefix: str = "") -> str:
+    """A line for each setting: name, default, help."""
+    lines = []
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(types[field.name]):
+            lines.append(describe(typing.cast(type, types[field.name]), f"{prefix}{field.name}."))
+            continue
+        default = "(required)" if field.default is dataclasses.MISSING else str(field.default) or '""'
+        lines.append(f"  {prefix + field.name:<34} {default:<14} {field.metadata.get('help', '')}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""Di[M]O: distil a masked diffusion model into a one-step generator (arXiv 2503.15457).
+
+Shapes: B batch, L tokens, V codebook size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from distill.divergence import divergence_gradient, jeffreys_divergence, with_gradient
+from students.initialisation import TokenInitialiser
+from teachers.condition import Condition
+from teachers.corruption import MASK_SCHEDULES, corrupt, scheduled_mask_ratio
+from teachers.guidance import guide
+from teachers.objective import masked_cross_entropy
+from teachers.randomness import rand, sample_tokens
+
+AUXILIARY_SAMPLES = ("shared", "fresh")
+WEIGHTINGS = ("sum", "paper")
+
+
+@dataclass
+class DiMOConfig:
+    """The settings of Di[M]O."""
+
+    guidance_scale: float = field(default=1.0, metadata={"help": "teacher's guidance u + s (c - u); 1 is none"})
+    teacher_temperature: float = field(default=1.0, metadata={"help": "the teacher's logits are divided by this"})
+    beta: float = field(default=0.0, metadata={"help": "divergence: 0 forward KL, 1 reverse KL, any real number"})
+    weighting: str = field(default="sum", metadata={"help": "of the gradient: sum (the code), or paper (w(t) / L_M)"})
+    mask_schedule: str = field(default="arccos", metadata={"help": "how x_t is masked: arccos, cosine, linear, square"})
+    temperature: float = field(default=1.0, metadata={"help": "of the student's samples in training"})
+    top_k: int = field(default=0, metadata={"help": "of the student's samples in training; 0 keeps all"})
+    top_p: float = field(default=1.0, metadata={"help": "of the student's samples in training; 1 keeps all"})
+    auxiliary_samples: str = field(
+        default="shared", metadata={"help": "shared: the auxiliary learns from the student's own x_t; fresh: from new"}
+    )
+    auxiliary_updates: int = field(default=1, metadata={"help": "auxiliary updates per student update"})
+    auxiliary_label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of its cross-entropy"})
+    auxiliary_soft_weight: float = field(
+        default=0.0, metadata={"help": "share of the student's probabilities in the auxiliary's target; 0: tokens only"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in [
+            ("weighting", WEIGHTINGS),
+            ("mask_schedule", MASK_SCHEDULES),
+            ("auxiliary_samples", AUXILIARY_SAMPLES),
+        ]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
+        for name in ("teacher_temperature", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        for name in ("auxiliary_label_smoothing", "auxiliary_soft_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.auxiliary_updates < 1:
+            raise ValueError(f"auxiliary_updates={self.auxiliary_updates} must be at least 1")
+
+
+class DiMO:
+    """How the student's and the auxiliary's losses come from (student, auxiliary, teacher) and a batch of conditions.
+
+    A training step is the sequence of `updates`, each naming the networks that learn from one draw of samples.
+    """
+
+    def __init__(self, config: DiMOConfig, teacher: nn.Module, initialiser: TokenInitialiser):
+        self.config = config
+        self.teacher = teacher
+        self.initialiser = initialiser
+        if config.auxiliary_samples == "shared":
+            self.updates = (("student", "auxiliary"),) + (("auxiliary",),) * (config.auxiliary_updates - 1)
+        else:
+            self.updates = (("student",),) + (("auxiliary",),) * config.auxiliary_updates
+
+    def losses(
+        self,
+        networks: dict[str, nn.Module],
+        update: tuple[str, ...],
+        condition: Condition,
+        generator: list[torch.Generator],
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The loss of each network named in `update`, and metrics."""
+        config, mask_token_id = self.config, self.initialiser.config.mask_token_id
+        losses, metrics = {}, {}
+
+        initial = self.initialiser(condition, generator)
+        with torch.set_grad_enabled("student" in update):
+            logits = networks["student"](initial, condition, self.initialiser.perturbation(generator))
+        tokens = sample_tokens(  # x_0, on-policy
+            logits.detach(), generator, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+        )
+        progress = rand(len(tokens), 1, generator=generator, device=tokens.device).squeeze(1)
+        mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress)
+        corrupted, mask = corrupt(tokens, mask_ratio, mask_token_id, generator)  # x_t
+        with torch.set_grad_enabled("auxiliary" in update):
+            auxiliary_logits = networks["auxiliary"](corrupted, condition)
+
+        if "student" in update:
+            with torch.no_grad():
+                teacher_logits = guide(self.teacher, corrupted, condition, config.guidance_scale)
+                teacher_logits = teacher_logits / config.teacher_temperature
+            gradient = divergence_gradient(teacher_logits, auxiliary_logits, mask, config.beta)
+            weight = sample_weights(config.weighting, logits, teacher_logits, mask)
+            losses["student"] = with_gradient(logits, weight[:, None, None] * gradient)
+            metrics |= student_metrics(logits, teacher_logits, auxiliary_logits, tokens, mask, config.beta)
+
+        if "auxiliary" in update:
+            soft_targets = logits.detach().float().softmax(-1) if config.auxiliary_soft_weight > 0 else None
+            losses["auxiliary"] = masked_cross_entropy(
+                auxiliary_logits,
+                tokens,
+                mask,
+                label_smoothing=config.auxiliary_label_smoothing,
+                soft_targets=soft_targets,
+                soft_weight=config.auxiliary_soft_weight,
+            )
+            metrics["auxiliary_cross_entropy"] = losses["auxiliary"].detach() * mask.numel() / mask.sum()
+
+        return losses, metrics
+
+
+@torch.no_grad()
+def sample_weights(
+    weighting: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The factor (B,) on each sample's gradient, the mean over the batch included.
+
+    "sum" is 1 / B, as in the authors' code. "paper" is w(t) / (L_M B): the mean over the L_M masked tokens with
+    w(t) = 1 / mean |p_student(x_0 | x_init) - p_teacher(x_0 | x_t)| over masked tokens and the codebook (appendix C).
+    """
+    batch_size = len(mask)
+    if weighting == "sum":
+        return torch.full((batch_size,), 1 / batch_size, device=mask.device)
+    num_masked = mask.sum(-1)
+    difference = (student_logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().mean(-1)
+    difference = (difference * mask).sum(-1) / num_masked
+    return 1 / (difference.clamp(min=1e-5) * num_masked * batch_size)
+
+
+@torch.no_grad()
+def student_metrics(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    auxiliary_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    beta: float,
+) -> dict[str, torch.Tensor]:
+    """What tells how distillation goes, since its losses do not.
+
+    `divergence` (nats per masked token) is between teacher and auxiliary; `teacher_agreement` is the teacher's mean
+    probability of the student's tokens where they are masked; `token_entropy` (nats per token) is the student's, and a
+    fall to zero is collapse.
+    """
+    divergence = jeffreys_divergence(teacher_logits, auxiliary_logits, beta)
+    agreement = teacher_logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    log_probabilities = logits.float().log_softmax(-1)
+    return {
+        "divergence": divergence[mask].mean(),
+        "teacher_agreement": agreement[mask].mean(),
+        "token_entropy": -(log_probabilities.exp() * log_probabilities).sum(-1).mean(),
+    }

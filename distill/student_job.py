@@ -1,0 +1,129 @@
+"""The job that distils a teacher into a one-step student with Di[M]O."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill.config import load_config, section, setting, to_yaml
+from distill.dimo import DiMO, DiMOConfig
+from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
+from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
+from students.pipeline import OneStepPipeline
+from teachers.condition import Condition
+from teachers.data import DataConfig
+from teachers.network import MaskGITTransformer
+from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.randomness import rand
+
+
+@dataclass
+class InitialConfig:
+    """What the student starts from."""
+
+    mask_ratio: tuple[float, float] = setting((0.6, 0.6), "lowest and highest share of masks, drawn for each sample")
+    random_tokens: str = setting("marginal", "the other tokens: uniform (the paper), or the teacher's marginal")
+    embedding_noise: float = setting(0.0, "sigma of sqrt(1 - s^2) e + s n on the token embeddings")
+    noise_scale: str = setting("embedding", "size of n: embedding (their RMS), or unit (the paper)")
+
+    def __post_init__(self) -> None:
+        self.mask_ratio = tuple(self.mask_ratio)
+        lowest, highest = self.mask_ratio
+        if not 0 <= lowest <= highest <= 1:
+            raise ValueError(f"initial.mask_ratio={list(self.mask_ratio)} must be ordered and within [0, 1]")
+        if not 0 <= self.embedding_noise <= 1:
+            raise ValueError(f"initial.embedding_noise={self.embedding_noise} must be in [0, 1]")
+        for name, known in [("random_tokens", RANDOM_TOKENS), ("noise_scale", NOISE_SCALES)]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"initial.{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
+
+
+@dataclass
+class StudentJob:
+    """Distil a teacher into a one-step student."""
+
+    teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
+    output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
+    auxiliary_learning_rate: float = setting(1e-3, "about five times the student's: the auxiliary has to follow it")
+    freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
+    method: DiMOConfig = section(DiMOConfig, "Di[M]O")
+    initial: InitialConfig = section(InitialConfig, "initial tokens")
+    training: TrainingConfig = section(TrainingConfig, "the loop")
+    monitor: DataConfig = section(DataConfig, "real images for the quick measurements during training")
+
+    def __post_init__(self) -> None:
+        if not self.auxiliary_learning_rate > 0:
+            raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
+
+
+Monitor = Callable[[OneStepPipeline, int], dict[str, float]]
+
+
+def load_teacher(name: str) -> MaskedDiffusionPipeline:
+    """The teacher of a local folder or hub id; a missing one is a FileNotFoundError."""
+    try:
+        return MaskedDiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no MaskedDiffusionPipeline at {name} (a folder with model_index.json, or a hub id): {error}"
+        ) from error
+
+
+def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
+    """Run the job; `monitor(pipeline, step)` measures the averaged student now and then. False if interrupted."""
+    output = Path(job.output)
+    teacher = load_teacher(job.teacher)
+    accelerator = make_accelerator(job.training, output)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim_output(output, job.training.resume)
+            (output / "config.yaml").write_text(to_yaml(job))
+
+    # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
+    teacher.to(accelerator.device)
+    teacher.denoiser.eval().requires_grad_(False)
+    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
+    student = make_learner(teacher.denoiser, job.freeze_embeddings)
+    auxiliary = make_learner(teacher.denoiser, job.freeze_embeddings)
+
+    def pipeline(network: nn.Module) -> OneStepPipeline:
+        return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
+
+    def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
+        uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
+        return Condition((uniform * teacher.num_classes).long())
+
+    trainer = Trainer(
+        job.training,
+        accelerator,
+        DiMO(job.method, teacher.denoiser, initialiser),
+        networks={"student": student, "auxiliary": auxiliary},
+        learning_rates={"student": job.training.learning_rate, "auxiliary": job.auxiliary_learning_rate},
+        averaged="student",
+        draw_batch=draw_condition,
+        output=output,
+        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
+        run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
+    )
+    return trainer.train()
+
+
+def make_learner(teacher: MaskGITTransformer, freeze_embeddings: bool) -> MaskGITTransformer:
+    """A copy of the teacher that learns, without dropout."""
+    learner = copy.deepcopy(teacher).requires_grad_(True).eval()
+    if freeze_embeddings:
+        for parameter in learner.embedding_parameters():
+            parameter.requires_grad_(False)
+    return learner
+
+
+def load_job(run: Path) -> StudentJob:
+    """The job of a run folder; a folder that is none is a FileNotFoundError."""
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} is not the folder of a distillation run: it has no config.yaml")
+    return load_config(StudentJob, run / "config.yaml")

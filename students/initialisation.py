@@ -1,0 +1,116 @@
+"""What the one-step generator starts from: masks and random tokens, and a perturbation of their embeddings.
+
+Section 4.3 of Di[M]O (arXiv 2503.15457). Shapes: B batch, L tokens, D hidden size, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from teachers.condition import Condition
+from teachers.corruption import corrupt
+from teachers.pipeline import TokenPipeline
+from teachers.randomness import Generators, rand, randn, sample_cumulative
+
+RANDOM_TOKENS = ("uniform", "marginal")
+NOISE_SCALES = ("embedding", "unit")
+
+
+def perturb_embeddings(
+    embeddings: torch.Tensor, noise: torch.Tensor, sigma: float, noise_scale: str = "embedding"
+) -> torch.Tensor:
+    """sqrt(1 - s^2) e + s c n for embeddings e and standard normal noise n, both (B, L, D).
+
+    With `noise_scale="unit"` c is 1, as in the paper, which suits released teachers with embeddings of that size; with
+    "embedding" c is the root mean square of each embedding, so that s is the noise's share whatever their size.
+    """
+    if noise_scale == "embedding":
+        noise = noise * embeddings.square().mean(-1, keepdim=True).sqrt()
+    return math.sqrt(1 - sigma**2) * embeddings + sigma * noise
+
+
+@torch.no_grad()
+def teacher_marginals(teacher: TokenPipeline) -> torch.Tensor:
+    """The teacher's token probabilities (num_classes, L, V) on a fully masked input, for each class."""
+    marginals = []
+    for label in range(teacher.num_classes):
+        masks = torch.full((1, teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
+        marginals.append(teacher.denoiser(masks, teacher.encode_condition([label])).float().softmax(-1))
+    return torch.cat(marginals)
+
+
+class TokenInitialiser(ModelMixin, ConfigMixin):
+    """Draws initial tokens: an exact share of them masked, the others random image tokens.
+
+    The share is drawn uniformly from `mask_ratio` = (lowest, highest) for each sample. The random tokens are "uniform"
+    over the codebook (the paper) or drawn from the teacher's "marginal" for the class (see `teacher_marginals`).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        token_grid: tuple[int, int],
+        codebook_size: int,
+        num_classes: int,
+        mask_token_id: int,
+        mask_ratio: tuple[float, float] = (0.6, 0.6),
+        random_tokens: str = "uniform",
+        embedding_noise: float = 0.0,
+        noise_scale: str = "embedding",
+    ):
+        super().__init__()
+        if random_tokens not in RANDOM_TOKENS:
+            raise ValueError(f"random_tokens={random_tokens!r} is not known; choose from {', '.join(RANDOM_TOKENS)}")
+        if noise_scale not in NOISE_SCALES:
+            raise ValueError(f"noise_scale={noise_scale!r} is not known; choose from {', '.join(NOISE_SCALES)}")
+        length = token_grid[0] * token_grid[1]
+        # The sums along V, because that is what drawing needs; uniform tokens share one row.
+        rows = (num_classes, length) if random_tokens == "marginal" else (1, 1)
+        uniform = torch.full((*rows, codebook_size), 1 / codebook_size)
+        self.register_buffer("cumulative_probabilities", uniform.cumsum(-1))
+
+    @classmethod
+    def for_teacher(cls, teacher: TokenPipeline, random_tokens: str = "uniform", **settings) -> TokenInitialiser:
+        """An initialiser with the teacher's tokens and, where they are asked for, its marginals."""
+        initialiser = cls(
+            teacher.token_grid,
+            teacher.codebook_size,
+            teacher.num_classes,
+            teacher.mask_token_id,
+            random_tokens=random_tokens,
+            **settings,
+        )
+        if random_tokens == "marginal":
+            initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher).cumsum(-1))
+        return initialiser.to(teacher.device)
+
+    def forward(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
+        """Initial tokens (B, L)."""
+        tokens = self.random_tokens(condition, generator)
+        lowest, highest = self.config.mask_ratio
+        mask_ratio = lowest + (highest - lowest) * rand(len(tokens), 1, generator=generator, device=tokens.device)
+        initial, _ = corrupt(tokens, mask_ratio.squeeze(1), self.config.mask_token_id, generator)
+        return initial
+
+    def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
+        """Random image tokens (B, L)."""
+        length = self.config.token_grid[0] * self.config.token_grid[1]
+        if self.config.random_tokens == "marginal":
+            cumulative = self.cumulative_probabilities[condition.class_labels]
+        else:
+            cumulative = self.cumulative_probabilities.expand(len(condition), length, -1).contiguous()
+        return sample_cumulative(cumulative, generator)
+
+    def perturb(self, embeddings: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """The embeddings (B, L, D) of the initial tokens with fresh noise of size `embedding_noise`."""
+        noise = randn(*embeddings.shape, generator=generator, device=embeddings.device)
+        return perturb_embeddings(embeddings, noise, self.config.embedding_noise, self.config.noise_scale)
+
+    def perturbation(self, generator: Generators = None):
+        """What to hand to a denoiser as `perturb`; None where there is no embedding noise."""
+        return partial(self.perturb, generator=generator) if self.config.embedding_noise > 0 else None

@@ -1,0 +1,64 @@
+"""The one-step student as a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from students.initialisation import TokenInitialiser
+from teachers.network import MaskGITTransformer
+from teachers.pipeline import MaskedDiffusionOutput, TokenPipeline
+from teachers.randomness import Generators, sample_tokens
+from teachers.tokenizer import PatchTokenizer
+
+
+class OneStepPipeline(TokenPipeline):
+    """A generator that needs one network evaluation: `pipe(class_labels=[3, 7]).images`.
+
+    `temperature`, `top_k` and `top_p` are the defaults for drawing tokens, saved with the pipeline.
+    """
+
+    initialiser: TokenInitialiser
+
+    def __init__(
+        self,
+        denoiser: MaskGITTransformer,
+        tokenizer: PatchTokenizer,
+        initialiser: TokenInitialiser,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        super().__init__()
+        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, initialiser=initialiser)
+        self.register_to_config(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | torch.Tensor | int,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> MaskedDiffusionOutput | tuple:
+        """Generate one image per class label with one evaluation of the denoiser.
+
+        What is not given is the pipeline's default (`pipe.config`). A list of generators, one per image, makes each
+        image independent of the batch that it is made in.
+        """
+        condition = self.encode_condition(class_labels)
+        initial = self.initialiser(condition, generator)
+        logits = self.denoiser(initial, condition, self.initialiser.perturbation(generator))
+        tokens = sample_tokens(
+            logits,
+            generator,
+            temperature=self.config.temperature if temperature is None else temperature,
+            top_k=self.config.top_k if top_k is None else top_k,
+            top_p=self.config.top_p if top_p is None else top_p,
+        )
+        return self._output(tokens, 1, output_type, return_dict)

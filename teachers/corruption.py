@@ -1,0 +1,40 @@
+"""The forward process: how tokens are masked.
+
+Shapes: B batch, L tokens.
+"""
+
+import math
+
+import torch
+
+from teachers.randomness import Generators, rand
+
+MASK_SCHEDULES = {
+    "linear": lambda progress: 1 - progress,
+    "square": lambda progress: (1 - progress) ** 2,
+    "cosine": lambda progress: torch.cos(progress * math.pi / 2),
+    "arccos": lambda progress: torch.acos(progress) / (math.pi / 2),
+}
+
+
+def scheduled_mask_ratio(schedule: str, progress: torch.Tensor | float) -> torch.Tensor:
+    """The share of tokens that is masked when a share `progress` of the time has passed: 1 at 0, 0 at 1 (MaskGIT).
+
+    Samplers walk along it; training draws progress ~ U(0, 1).
+    """
+    return MASK_SCHEDULES[schedule](torch.as_tensor(progress, dtype=torch.float32))
+
+
+def random_mask(mask_ratio: torch.Tensor, length: int, generator: Generators = None) -> torch.Tensor:
+    """Masks (B, L) with exactly round(L * ratio) positions set, and at least one, for ratios (B,) in [0, 1]."""
+    num_masked = (mask_ratio * length).round().clamp(1, length)
+    order = rand(len(mask_ratio), length, generator=generator, device=mask_ratio.device).argsort(-1)
+    return order < num_masked[:, None]
+
+
+def corrupt(
+    tokens: torch.Tensor, mask_ratio: torch.Tensor, mask_token_id: int, generator: Generators = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask tokens (B, L) at the ratios (B,): the corrupted tokens x_t ~ q(. | x_0) and the mask, both (B, L)."""
+    mask = random_mask(mask_ratio, tokens.shape[1], generator)
+    return tokens.masked_fill(mask, mask_token_id), mask

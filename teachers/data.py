@@ -1,0 +1,148 @@
+"""Images to learn from: the embedded digits, a `datasets` dataset, parquet files or an image folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+NUM_TEST_DIGITS = 297
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they are read."""
+
+    name: str = field(
+        default="digits",
+        metadata={"help": "digits, a hub dataset's id, a .parquet file, or a folder of parquet files or of images"},
+    )
+    split: str = field(default="train", metadata={"help": "train or test, or any split that the dataset has"})
+    image_column: str = field(default="image", metadata={"help": "column with the images"})
+    label_column: str = field(default="label", metadata={"help": "column with the class labels; empty: no labels"})
+    text_column: str = field(default="", metadata={"help": "column with captions; empty: none"})
+    image_size: int = field(default=0, metadata={"help": "side of the square images; 0 keeps the size as it is"})
+    num_channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour"})
+
+    def __post_init__(self) -> None:
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"num_channels={self.num_channels} must be 1 or 3")
+        if self.image_size < 0:
+            raise ValueError(f"image_size={self.image_size} must be 0 or more")
+
+
+class ImageData(torch.utils.data.Dataset):
+    """Images with their class labels, read one at a time: `data[i]` -> ((C, H, W) float in [0, 1], label).
+
+    `labels` (N,) are -1 without a label column; `texts` is None without a text column.
+    """
+
+    def __init__(self, rows, labels: torch.Tensor, class_names: list[str], texts: list[str] | None, to_tensor):
+        self.rows = rows
+        self.labels = labels
+        self.class_names = class_names
+        self.texts = texts
+        self._to_tensor = to_tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._to_tensor(self.rows[index]), int(self.labels[index])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def batches(self, batch_size: int = 256, description: str | None = None):
+        """All images in order, as (B, C, H, W) batches; with a description, under a progress bar."""
+        loader = torch.utils.data.DataLoader(self, batch_size=batch_size)
+        for images, _ in tqdm(loader, desc=description, disable=description is None, unit="batch"):
+            yield images
+
+    def images(self, description: str | None = None) -> torch.Tensor:
+        """All images at once, (N, C, H, W)."""
+        return torch.cat(list(self.batches(description=description)))
+
+
+def load_data(config: DataConfig) -> ImageData:
+    """Open the images that the configuration names; what is missing or misnamed is a ValueError or FileNotFoundError."""
+    if config.name == "digits":
+        return _load_digits(config.split)
+    dataset = _open_dataset(config)
+    columns = [config.image_column, config.label_column, config.text_column]
+    for column in filter(None, columns):
+        if column not in dataset.column_names:
+            raise ValueError(f"{config.name} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    labels, class_names = _class_labels(dataset, config.label_column)
+    return ImageData(
+        rows=dataset.cast_column(config.image_column, datasets.Image())[config.image_column],
+        labels=labels,
+        class_names=class_names,
+        texts=list(dataset[config.text_column]) if config.text_column else None,
+        to_tensor=partial(image_to_tensor, size=config.image_size, num_channels=config.num_channels),
+    )
+
+
+def _load_digits(split: str) -> ImageData:
+    """scikit-learn's 1,797 real 8x8 digits, shuffled once; the last 297 are the test split, "all" is both."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    parts = {"train": order[:-NUM_TEST_DIGITS], "test": order[-NUM_TEST_DIGITS:], "all": order}
+    if split not in parts:
+        raise ValueError(f"digits has no split {split!r}; it has {', '.join(parts)}")
+    chosen = parts[split]
+    rows = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 16
+    return ImageData(rows, torch.from_numpy(labels[chosen]), [str(digit) for digit in range(10)], None, lambda row: row)
+
+
+def _open_dataset(config: DataConfig) -> datasets.Dataset:
+    path = Path(config.name)
+    if path.suffix == ".parquet" and not path.is_file():
+        raise FileNotFoundError(f"there is no parquet file {config.name}")
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files={config.split: str(path)}, split=config.split)
+    if path.is_dir():
+        files = sorted(map(str, path.glob(f"{config.split}*.parquet")))
+        if files:
+            return datasets.load_dataset("parquet", data_files={config.split: files}, split=config.split)
+        if any(path.glob("*.parquet")):
+            raise ValueError(f"{config.name} has no parquet file for split {config.split!r} ({config.split}*.parquet)")
+        return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
+    try:
+        return datasets.load_dataset(config.name, split=config.split)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"data.name={config.name!r} is neither a local file or folder nor a hub dataset within reach"
+        ) from error
+
+
+def _class_labels(dataset: datasets.Dataset, column: str) -> tuple[torch.Tensor, list[str]]:
+    if not column:
+        return torch.full((len(dataset),), -1), []
+    feature = dataset.features[column]
+    values = list(dataset[column])
+    if isinstance(feature, datasets.ClassLabel):
+        return torch.tensor(values), feature.names
+    names = sorted(set(values))
+    index = {name: i for i, name in enumerate(names)}
+    return torch.tensor([index[value] for value in values]), [str(name) for name in names]
+
+
+def image_to_tensor(image: PIL.Image.Image, size: int = 0, num_channels: int = 3) -> torch.Tensor:
+    """A (C, H, W) float tensor in [0, 1]; with a size, the centre square of the image resized to it."""
+    image = image.convert("L" if num_channels == 1 else "RGB")
+    if size:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != size:
+            image = image.resize((size, size), PIL.Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, num_channels).permute(2, 0, 1) / 255

@@ -1,0 +1,139 @@
+"""The teacher as a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+
+from teachers.condition import Condition
+from teachers.guidance import GuidedDenoiser, guide
+from teachers.network import MaskGITTransformer
+from teachers.randomness import Generators
+from teachers.sampler import MaskGITSampler
+from teachers.tokenizer import PatchTokenizer
+
+OUTPUT_TYPES = ("pil", "pt", "np")
+
+
+@dataclass
+class MaskedDiffusionOutput(BaseOutput):
+    """The images, the tokens (B, L) they were decoded from, and the network evaluations spent on each."""
+
+    images: list[PIL.Image.Image] | torch.Tensor | np.ndarray
+    tokens: torch.Tensor
+    nfe: int
+
+
+class TokenPipeline(DiffusionPipeline):
+    """What teacher and student share: a denoiser over the tokens of an image tokenizer."""
+
+    denoiser: MaskGITTransformer
+    tokenizer: PatchTokenizer
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.denoiser.mask_token_id
+
+    @property
+    def codebook_size(self) -> int:
+        return self.denoiser.config.codebook_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.denoiser.config.num_classes
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        return tuple(self.denoiser.config.token_grid)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.token_grid[0] * self.token_grid[1]
+
+    def encode_condition(self, class_labels: Sequence[int] | torch.Tensor | int) -> Condition:
+        """The condition of class labels, each in 0 .. num_classes - 1."""
+        if isinstance(class_labels, int):
+            class_labels = [class_labels]
+        if any(isinstance(label, str) for label in class_labels):
+            raise ValueError("got prompts, but this model is conditioned on class labels; pass integers")
+        labels = torch.as_tensor(class_labels)
+        if labels.numel() == 0 or labels.is_floating_point() or labels.dim() != 1:
+            raise ValueError(f"class labels must be a non-empty list of integers, got {class_labels!r}")
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise ValueError(f"class label {outside[0].item()} is out of range: this model knows 0 to {self.num_classes - 1}")
+        return Condition(labels.long().to(self.device))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] -> tokens (B, L)."""
+        return self.tokenizer.encode(images.to(self.device))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
+        return self.tokenizer.decode(tokens)
+
+    def _output(self, tokens: torch.Tensor, nfe: int, output_type: str, return_dict: bool):
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not known; choose from {', '.join(OUTPUT_TYPES)}")
+        images = self.decode(tokens)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        if not return_dict:
+            return (images,)
+        return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
+
+
+class MaskedDiffusionPipeline(TokenPipeline):
+    """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`."""
+
+    sampler: MaskGITSampler
+
+    def __init__(self, denoiser: MaskGITTransformer, tokenizer: PatchTokenizer, sampler: MaskGITSampler):
+        super().__init__()
+        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, sampler=sampler)
+
+    def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
+        """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
+        return guide(self.denoiser, tokens, condition, guidance_scale)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | torch.Tensor | int,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> MaskedDiffusionOutput | tuple:
+        """Generate one image per class label.
+
+        What is not given is the sampler's default (`pipe.sampler.config`). A list of generators, one per image, makes
+        each image independent of the batch that it is made in.
+        """
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}; at least 1 is needed")
+        condition = self.encode_condition(class_labels)
+        if guidance_scale is None:
+            guidance_scale = self.sampler.config.guidance_scale
+        denoise = GuidedDenoiser(self.denoiser, condition, guidance_scale, self.sampler.config.guidance_ramp)
+        tokens = torch.full((len(condition), self.sequence_length), self.mask_token_id, device=self.device)
+        tokens = self.sampler(
+            denoise,
+            tokens,
+            self.mask_token_id,
+            num_inference_steps=num_inference_steps,
+            temperature=temperature,
+            generator=generator,
+        )
+        return self._output(tokens, denoise.nfe, output_type, return_dict)

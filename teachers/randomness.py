@@ -1,0 +1,81 @@
+"""Random draws, each from an explicit generator.
+
+A generator is one `torch.Generator` for the whole batch, or a list with one per sample (as in diffusers): then
+what a sample gets does not depend on the batch, the process or the device that it is computed in.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def sample_generators(*key: int | str, places: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per sample, a function of the key (seed, step, ...) and the sample's place."""
+    return [torch.Generator().manual_seed(derive_seed(*key, place)) for place in places]
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed; different keys give unrelated seeds."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def rand(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform numbers in [0, 1) of the shape, whose first axis is the batch."""
+    return _draw(torch.rand, shape, generator, device)
+
+
+def randn(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard normal numbers of the shape, whose first axis is the batch."""
+    return _draw(torch.randn, shape, generator, device)
+
+
+def _draw(function, shape: tuple[int, ...], generator: Generators, device: torch.device | str) -> torch.Tensor:
+    if generator is None:
+        return function(shape, device=device)
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}; pass one per sample or one")
+        return torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+    return function(shape, generator=generator, device=generator.device).to(device)
+
+
+def sample_cumulative(cumulative: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """Draw an index from each row of cumulative (unnormalised) probabilities by inverting them.
+
+    cumulative (B, ..., V), non-decreasing along V -> (B, ...) int64; an index of zero probability is never drawn.
+    """
+    uniform = rand(*cumulative.shape[:-1], 1, generator=generator, device=cumulative.device)
+    threshold = uniform.to(cumulative.dtype) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    generator: Generators = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> torch.Tensor:
+    """Draw a token at every position from softmax(logits / temperature), cut to the top-k and then the top-p.
+
+    logits (B, L, V) -> tokens (B, L). Temperature 0 takes the most probable token; top_k 0 and top_p 1 cut nothing.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        lowest_kept = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < lowest_kept, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        # A token goes when those before it hold top_p already, so that the first always stays.
+        cut = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = probabilities.masked_fill(cut.gather(-1, order.argsort(-1)), 0)
+    # float64: a float32 uniform times a float64 sum stays below the sum, and small probabilities keep their share.
+    return sample_cumulative(probabilities.cumsum(-1, dtype=torch.float64), generator)
