@@ -22,7 +22,7 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def section(config_class: type, help: str) -> Any:
+def section(config_class: typing.Callable[[], Any], help: str) -> Any:
     """A dataclass field that holds another configuration."""
     return dataclasses.field(default_factory=config_class, metadata={"help": help})
 
@@ -64,7 +64,7 @@ def load_config(
     return config
 
 
-def _read_yaml(path: Path | str | None) -> Mapping[str, Any]:
+def _read_yaml(path: Path | str | None) -> dict[Any, Any]:
     if path is None:
         return {}
     path = Path(path)
@@ -79,7 +79,7 @@ def _read_yaml(path: Path | str | None) -> Mapping[str, Any]:
     return given
 
 
-def _read_overrides(overrides: typing.Sequence[str]) -> Mapping[str, Any]:
+def _read_overrides(overrides: typing.Sequence[str]) -> dict[Any, Any]:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r} is not of the form key=value")

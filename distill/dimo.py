@@ -5,11 +5,12 @@ Shapes: B batch, L tokens, V codebook size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from distill.config import setting
 from distill.divergence import divergence_gradient, jeffreys_divergence, with_gradient
 from students.initialisation import TokenInitialiser
 from teachers.condition import Condition
@@ -26,22 +27,18 @@ WEIGHTINGS = ("sum", "paper")
 class DiMOConfig:
     """The settings of Di[M]O."""
 
-    guidance_scale: float = field(default=1.0, metadata={"help": "teacher's guidance u + s (c - u); 1 is none"})
-    teacher_temperature: float = field(default=1.0, metadata={"help": "the teacher's logits are divided by this"})
-    beta: float = field(default=0.0, metadata={"help": "divergence: 0 forward KL, 1 reverse KL, any real number"})
-    weighting: str = field(default="sum", metadata={"help": "of the gradient: sum (the code), or paper (w(t) / L_M)"})
-    mask_schedule: str = field(default="arccos", metadata={"help": "how x_t is masked: arccos, cosine, linear, square"})
-    temperature: float = field(default=1.0, metadata={"help": "of the student's samples in training"})
-    top_k: int = field(default=0, metadata={"help": "of the student's samples in training; 0 keeps all"})
-    top_p: float = field(default=1.0, metadata={"help": "of the student's samples in training; 1 keeps all"})
-    auxiliary_samples: str = field(
-        default="shared", metadata={"help": "shared: the auxiliary learns from the student's own x_t; fresh: from new"}
-    )
-    auxiliary_updates: int = field(default=1, metadata={"help": "auxiliary updates per student update"})
-    auxiliary_label_smoothing: float = field(default=0.0, metadata={"help": "label smoothing of its cross-entropy"})
-    auxiliary_soft_weight: float = field(
-        default=0.0, metadata={"help": "share of the student's probabilities in the auxiliary's target; 0: tokens only"}
-    )
+    guidance_scale: float = setting(1.0, "of the teacher: u + s (c - u); 1 is none")
+    teacher_temperature: float = setting(1.0, "the teacher's logits are divided by it")
+    beta: float = setting(0.0, "the divergence: 0 forward KL, 1 reverse KL, any real number")
+    weighting: str = setting("sum", "of the gradient: sum (the authors' code), or paper (w(t) / L_M)")
+    mask_schedule: str = setting("arccos", "how x_t is masked: arccos, cosine, linear, square")
+    temperature: float = setting(1.0, "of the student's samples in training")
+    top_k: int = setting(0, "of the student's samples in training; 0 keeps all")
+    top_p: float = setting(1.0, "of the student's samples in training; 1 keeps all")
+    auxiliary_samples: str = setting("shared", "the auxiliary learns from the student's own x_t, or from fresh ones")
+    auxiliary_updates: int = setting(1, "auxiliary updates per student update")
+    auxiliary_label_smoothing: float = setting(0.0, "of the auxiliary's cross-entropy")
+    auxiliary_soft_weight: float = setting(0.0, "share of the student's probabilities in the auxiliary's targets")
 
     def __post_init__(self) -> None:
         for name, known in [
@@ -87,7 +84,8 @@ class DiMO:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The loss of each network named in `update`, and metrics."""
         config, mask_token_id = self.config, self.initialiser.config.mask_token_id
-        losses, metrics = {}, {}
+        losses: dict[str, torch.Tensor] = {}
+        metrics: dict[str, torch.Tensor] = {}
 
         initial = self.initialiser(condition, generator)
         with torch.set_grad_enabled("student" in update):

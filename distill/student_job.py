@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from distill.checkpoint import newest_checkpoint, verify_checkpoint
 from distill.config import load_config, section, setting, to_yaml
 from distill.dimo import DiMO, DiMOConfig
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
@@ -32,10 +32,9 @@ class InitialConfig:
     noise_scale: str = setting("embedding", "size of n: embedding (their RMS), or unit (the paper)")
 
     def __post_init__(self) -> None:
-        self.mask_ratio = tuple(self.mask_ratio)
         lowest, highest = self.mask_ratio
         if not 0 <= lowest <= highest <= 1:
-            raise ValueError(f"initial.mask_ratio={list(self.mask_ratio)} must be ordered and within [0, 1]")
+            raise ValueError(f"initial.mask_ratio={[lowest, highest]} must be ordered and within [0, 1]")
         if not 0 <= self.embedding_noise <= 1:
             raise ValueError(f"initial.embedding_noise={self.embedding_noise} must be in [0, 1]")
         for name, known in [("random_tokens", RANDOM_TOKENS), ("noise_scale", NOISE_SCALES)]:
@@ -54,7 +53,7 @@ class StudentJob:
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(TrainingConfig, "the loop")
-    monitor: DataConfig = section(DataConfig, "real images for the quick measurements during training")
+    monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
 
     def __post_init__(self) -> None:
         if not self.auxiliary_learning_rate > 0:
@@ -91,7 +90,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     student = make_learner(teacher.denoiser, job.freeze_embeddings)
     auxiliary = make_learner(teacher.denoiser, job.freeze_embeddings)
 
-    def pipeline(network: nn.Module) -> OneStepPipeline:
+    def pipeline(network: MaskGITTransformer) -> OneStepPipeline:
         return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
 
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
@@ -120,6 +119,17 @@ def make_learner(teacher: MaskGITTransformer, freeze_embeddings: bool) -> MaskGI
         for parameter in learner.embedding_parameters():
             parameter.requires_grad_(False)
     return learner
+
+
+def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
+    """The student with the averaged weights of a run's newest whole checkpoint, the run's job, and the step."""
+    job = load_job(run)
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    step = verify_checkpoint(checkpoint)
+    teacher = load_teacher(job.teacher)
+    student = MaskGITTransformer.from_pretrained(checkpoint / "averaged").eval()
+    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
+    return OneStepPipeline(student, teacher.tokenizer, initialiser), job, step
 
 
 def load_job(run: Path) -> StudentJob:

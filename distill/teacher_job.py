@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from distill.config import section, setting, to_yaml
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
@@ -93,7 +92,7 @@ Monitor = Callable[[MaskedDiffusionPipeline, int], dict[str, float]]
 
 
 def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, step)` measures the averaged weights now and then. False if it was interrupted."""
+    """Run the job; `monitor(pipeline, step)` measures the averaged weights now and then. False if interrupted."""
     output = Path(job.output)
     data = load_data(job.data)
     if data.num_classes == 0:
@@ -117,7 +116,7 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     )
     sampler = MaskGITSampler(**asdict(job.sampler))
 
-    def pipeline(network: nn.Module) -> MaskedDiffusionPipeline:
+    def pipeline(network: MaskGITTransformer) -> MaskedDiffusionPipeline:
         pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler)
         return pipeline.to(accelerator.device)
 
@@ -153,9 +152,7 @@ class TokenBatches:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
         return torch.randperm(len(self.tokens), generator=generator)
 
-    def __call__(
-        self, step: int, places: range, generator: list[torch.Generator]
-    ) -> tuple[torch.Tensor, Condition]:
+    def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
         positions = [divmod(step * self.batch_size + place, len(self.tokens)) for place in places]
         rows = torch.stack([self._order(epoch)[offset] for epoch, offset in positions])
         return self.tokens[rows].to(self.device), Condition(self.labels[rows].to(self.device))

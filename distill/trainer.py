@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
-from tqdm import tqdm
 
 from distill.checkpoint import newest_checkpoint, save_checkpoint
 from distill.config import setting
+from teachers.progress import progress_bar
 from teachers.randomness import derive_seed, sample_generators
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,13 @@ class TrainingConfig:
     resume: bool = setting(False, "go on from the newest whole checkpoint in the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
+        for name in (
+            "num_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
         for name in ("keep_checkpoints", "max_nonfinite_steps"):
@@ -90,7 +96,11 @@ class Method(Protocol):
     def updates(self) -> tuple[tuple[str, ...], ...]: ...
 
     def losses(
-        self, networks: dict[str, nn.Module], update: tuple[str, ...], batch: Any, generator: list[torch.Generator]
+        self,
+        networks: dict[str, nn.Module],
+        update: tuple[str, ...],
+        batch: Any,
+        generator: list[torch.Generator],
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: ...
 
 
@@ -140,12 +150,12 @@ class Trainer:
         config: TrainingConfig,
         accelerator: Accelerator,
         method: Method,
-        networks: dict[str, nn.Module],
+        networks: dict[str, ModelMixin],
         learning_rates: dict[str, float],
         averaged: str,
         draw_batch: Callable[[int, range, list[torch.Generator]], Any],
         output: Path,
-        evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+        evaluate: Callable[[ModelMixin, int], dict[str, float]] | None = None,
         run_settings: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator, self.method = config, accelerator, method
@@ -193,13 +203,12 @@ class Trainer:
     def train(self) -> bool:
         """Run to the last step; False if a signal ended it early. Either way a checkpoint holds all that was done."""
         config = self.config
-        progress = tqdm(
+        progress = progress_bar(
             total=config.num_steps,
             initial=self.step,
             desc=self.output.name,
             unit="step",
             disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         with progress, self._stop_on_signals():
             while self.step < config.num_steps:
@@ -226,7 +235,7 @@ class Trainer:
         self.accelerator.end_training()
         return self.step == config.num_steps
 
-    def averaged_network(self) -> nn.Module:
+    def averaged_network(self) -> ModelMixin:
         """A copy of the averaged network with the averaged weights."""
         self.ema.copy_to(self._averaged_network.parameters())
         return self._averaged_network
@@ -286,7 +295,9 @@ class Trainer:
         values = dict(zip(metrics, means, strict=True))
         values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
         self._write(values)
-        return {key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key}
+        return {
+            key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key
+        }
 
     def _evaluate(self) -> None:
         if self.evaluate is not None and self.accelerator.is_main_process:
@@ -310,9 +321,7 @@ class Trainer:
         def write(folder: Path) -> None:
             self.averaged_network().save_pretrained(folder / "averaged")
 
-        save_checkpoint(
-            self.accelerator, self.output / "checkpoints", self.step, self.config.keep_checkpoints, write
-        )
+        save_checkpoint(self.accelerator, self.output / "checkpoints", self.step, self.config.keep_checkpoints, write)
 
     def _unwrapped(self, name: str) -> nn.Module:
         return self.accelerator.unwrap_model(self.networks[name])

@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 import torch
 from sklearn.datasets import load_digits
-from tqdm import tqdm
+
+from teachers.progress import progress_bar
 
 NUM_TEST_DIGITS = 297
 
@@ -64,7 +65,7 @@ class ImageData(torch.utils.data.Dataset):
     def batches(self, batch_size: int = 256, description: str | None = None):
         """All images in order, as (B, C, H, W) batches; with a description, under a progress bar."""
         loader = torch.utils.data.DataLoader(self, batch_size=batch_size)
-        for images, _ in tqdm(loader, desc=description, disable=description is None, unit="batch"):
+        for images, _ in progress_bar(loader, desc=description, disable=description is None, unit="batch"):
             yield images
 
     def images(self, description: str | None = None) -> torch.Tensor:
@@ -73,7 +74,7 @@ class ImageData(torch.utils.data.Dataset):
 
 
 def load_data(config: DataConfig) -> ImageData:
-    """Open the images that the configuration names; what is missing or misnamed is a ValueError or FileNotFoundError."""
+    """Open the images that the configuration names; ValueError or FileNotFoundError if that fails."""
     if config.name == "digits":
         return _load_digits(config.split)
     dataset = _open_dataset(config)

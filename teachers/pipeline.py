@@ -18,12 +18,15 @@ from teachers.randomness import Generators
 from teachers.sampler import MaskGITSampler
 from teachers.tokenizer import PatchTokenizer
 
-OUTPUT_TYPES = ("pil", "pt", "np")
+OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 
 @dataclass
 class MaskedDiffusionOutput(BaseOutput):
-    """The images, the tokens (B, L) they were decoded from, and the network evaluations spent on each."""
+    """The images, the tokens (B, L) they were decoded from, and the network evaluations spent on each.
+
+    With `output_type="tokens"` nothing is decoded and `images` are the tokens.
+    """
 
     images: list[PIL.Image.Image] | torch.Tensor | np.ndarray
     tokens: torch.Tensor
@@ -67,7 +70,9 @@ class TokenPipeline(DiffusionPipeline):
             raise ValueError(f"class labels must be a non-empty list of integers, got {class_labels!r}")
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(outside):
-            raise ValueError(f"class label {outside[0].item()} is out of range: this model knows 0 to {self.num_classes - 1}")
+            raise ValueError(
+                f"class label {outside[0].item()} is out of range: this model knows 0 to {self.num_classes - 1}"
+            )
         return Condition(labels.long().to(self.device))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,8 +86,8 @@ class TokenPipeline(DiffusionPipeline):
     def _output(self, tokens: torch.Tensor, nfe: int, output_type: str, return_dict: bool):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known; choose from {', '.join(OUTPUT_TYPES)}")
-        images = self.decode(tokens)
-        if output_type != "pt":
+        images = tokens if output_type == "tokens" else self.decode(tokens)
+        if output_type in ("pil", "np"):
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)

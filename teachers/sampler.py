@@ -70,9 +70,7 @@ class MaskGITSampler(SchedulerMixin, ConfigMixin):
 
         for step in range(num_steps):
             logits = denoise(tokens, step / max(num_steps - 1, 1))
-            sampled = sample_tokens(
-                logits, generator, temperature=temperature, top_k=config.top_k, top_p=config.top_p
-            )
+            sampled = sample_tokens(logits, generator, temperature=temperature, top_k=config.top_k, top_p=config.top_p)
             masked = tokens == mask_token_id
 
             # How many stay masked: what the schedule says, but at least one is revealed at every step.

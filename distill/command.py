@@ -1,0 +1,18 @@
+"""How a script ends: a user's mistake is one line on stderr and exit status 2, not a traceback."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+
+def run(command: Callable[[], object]) -> None:
+    """Call the command; one process of several speaks for all."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(levelname)s: %(message)s")
+    try:
+        command()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Measures: features, distances, speed, and the report."""

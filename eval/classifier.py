@@ -1,0 +1,114 @@
+"""A small classifier trained on the data at hand, whose features and labels measure generated images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from teachers.data import DataConfig, ImageData
+from teachers.progress import progress_bar
+
+FEATURE_SIZE = 64
+
+
+class Classifier(ModelMixin, ConfigMixin):
+    """A convolutional network: images (B, C, H, W) in [0, 1] -> class logits (B, K), with 64-d features before them."""
+
+    @register_to_config
+    def __init__(self, num_channels: int, num_classes: int, width: int = 32):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(num_channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, FEATURE_SIZE),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(FEATURE_SIZE, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 64)."""
+        return self.body(images)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images))
+
+
+class ClassifierFeatures:
+    """The feature network of FD and the judge of class consistency."""
+
+    distance_names = ("fd", "kd")
+
+    def __init__(self, classifier: Classifier, test_accuracy: float, data: str):
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.test_accuracy = test_accuracy
+        self.name = f"{FEATURE_SIZE}-d features of a small classifier of {data} (test accuracy {test_accuracy:.3f})"
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, 64) of images (N, C, H, W) in [0, 1]."""
+        parts = images.to(self.classifier.device).split(1024)
+        return torch.cat([self.classifier.features(part) for part in parts]).cpu()
+
+    @torch.no_grad()
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """The classes (N,) that features (N, 64) speak for."""
+        return self.classifier.head(features.to(self.classifier.device)).argmax(-1).cpu()
+
+    @classmethod
+    def cached(cls, folder: Path, config: DataConfig, train: ImageData, test: ImageData) -> ClassifierFeatures:
+        """The classifier in the folder if it was trained on this data; else train one and keep it there."""
+        description = folder / "training.json"
+        wanted = {key: value for key, value in asdict(config).items() if key != "split"}
+        if description.is_file():
+            known = json.loads(description.read_text())
+            if known["data"] == wanted:
+                return cls(Classifier.from_pretrained(folder), known["test_accuracy"], config.name)
+        classifier, accuracy = train_classifier(train, test)
+        classifier.save_pretrained(folder)
+        description.write_text(json.dumps({"data": wanted, "test_accuracy": accuracy}, indent=2))
+        return cls(classifier, accuracy, config.name)
+
+
+def train_classifier(
+    train: ImageData, test: ImageData, *, num_steps: int = 600, batch_size: int = 128, seed: int = 0
+) -> tuple[Classifier, float]:
+    """A classifier trained with small random shifts, and its accuracy on the test images."""
+    images, labels = train.images(), train.labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(images.shape[1], train.num_classes).train()
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
+        for _ in progress_bar(range(num_steps), desc="classifier", unit="step"):
+            rows = torch.randint(len(images), (batch_size,))
+            shifted = _shift(images[rows], *torch.randint(-1, 2, (2,)).tolist())
+            F.cross_entropy(classifier(shifted), labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    classifier.eval()
+    with torch.no_grad():
+        predicted = torch.cat([classifier(part).argmax(-1) for part in test.batches()])
+    return classifier, (predicted == test.labels).float().mean().item()
+
+
+def _shift(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (1, 1, 1, 1))
+    return padded[..., 1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]

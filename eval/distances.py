@@ -1,0 +1,85 @@
+"""Distances between sets of features: Fréchet distance, kernel distance, precision and recall, density and coverage.
+
+Shapes: N samples, D feature dimensions. All sums are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (D,) and covariance (D, D) of features, float64."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @classmethod
+    def fit(cls, features: torch.Tensor) -> Gaussian:
+        """The moments of features (N, D); N must be at least 2."""
+        if len(features) < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
+        features = features.double()
+        return cls(features.mean(0), features.T.cov())
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the distance that FID is on Inception features (arXiv 1706.08500).
+
+    The trace of the root is the sum of the roots of the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
+    """
+    values, vectors = torch.linalg.eigh(first.covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace_of_root = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (first.mean - second.mean).square().sum()
+    distance += first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
+    return distance.clamp(min=0).item()
+
+
+def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The unbiased squared maximum mean discrepancy with kernel (x y / D + 1)^3, which is KID (arXiv 1801.01401).
+
+    Features (N, D) and (M, D); taken over all pairs, so it needs no random subsets.
+    """
+
+    def kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(2048))
+        diagonal = ((x.square().sum(-1) / x.shape[1] + 1) ** 3).sum()
+        return torch.as_tensor(total), diagonal
+
+    x, y = first.double(), second.double()
+    n, m = len(x), len(y)
+    (xx, xx_diagonal), (yy, yy_diagonal), (xy, _) = kernel_sums(x, x), kernel_sums(y, y), kernel_sums(x, y)
+    return ((xx - xx_diagonal) / (n * (n - 1)) + (yy - yy_diagonal) / (m * (m - 1)) - 2 * xy / (n * m)).item()
+
+
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> dict[str, float]:
+    """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of features (N, D), (M, D).
+
+    A sample's ball reaches to its k-th nearest neighbour in its own set.
+    """
+    real, generated = real.double(), generated.double()
+    real_radius, generated_radius = _kth_distance(real, k), _kth_distance(generated, k)
+    in_real_ball = torch.zeros(len(generated), dtype=torch.long)  # how many real balls hold a generated sample
+    recalled = covered = 0
+    for part, radius in zip(real.split(2048), real_radius.split(2048), strict=True):
+        distance = torch.cdist(part, generated)
+        inside = distance <= radius[:, None]
+        in_real_ball += inside.sum(0)
+        covered += int(inside.any(1).sum())
+        recalled += int((distance <= generated_radius[None]).any(1).sum())
+    return {
+        "precision": (in_real_ball > 0).double().mean().item(),
+        "recall": recalled / len(real),
+        "density": in_real_ball.double().mean().item() / k,
+        "coverage": covered / len(real),
+    }
+
+
+def _kth_distance(features: torch.Tensor, k: int) -> torch.Tensor:
+    """The distance from each sample to its k-th nearest other, (N,)."""
+    parts = [torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(2048)]
+    return torch.cat(parts)

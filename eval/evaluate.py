@@ -1,0 +1,85 @@
+"""Measure a pipeline: generate, take features, compare with real images."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
+from teachers.pipeline import TokenPipeline
+from teachers.progress import progress_bar
+from teachers.randomness import sample_generators
+
+
+class Features(Protocol):
+    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D); classes too, if it knows them."""
+
+    name: str
+    distance_names: tuple[str, str]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def predict(self, features: torch.Tensor) -> torch.Tensor | None: ...
+
+
+def generate(
+    pipeline: TokenPipeline,
+    num_images: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 500,
+    description: str | None = None,
+    **settings,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Images (N, C, H, W), labels (N,) that go round the classes, and the NFE per image.
+
+    Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
+    """
+    labels = torch.arange(num_images) % pipeline.num_classes
+    images, nfe = [], 0
+    starts = range(0, num_images, batch_size)
+    for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
+        chosen = labels[start : start + batch_size]
+        generators = sample_generators("generate", seed, places=range(start, start + len(chosen)))
+        output = pipeline(class_labels=chosen, generator=generators, output_type="pt", **settings)
+        images.append(output.images.cpu())
+        nfe = output.nfe
+    return torch.cat(images), labels, nfe
+
+
+class Reference:
+    """The real images that generated ones are compared with."""
+
+    def __init__(self, features: Features, images: torch.Tensor):
+        self.features = features
+        self.real_features = features(images)
+        self.gaussian = Gaussian.fit(self.real_features)
+
+    def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Fréchet and kernel distance, precision, recall, density, coverage, class consistency where it is known."""
+        generated = self.features(images)
+        _, kernel_name = self.features.distance_names
+        return {
+            **self._quick(generated, labels),
+            kernel_name: kernel_distance(self.real_features, generated),
+            **precision_recall(self.real_features, generated),
+        }
+
+    def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """The Fréchet distance and class consistency alone."""
+        return self._quick(self.features(images), labels)
+
+    def _quick(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        frechet_name, _ = self.features.distance_names
+        measures = {frechet_name: frechet_distance(self.gaussian, Gaussian.fit(generated))}
+        predicted = self.features.predict(generated)
+        if predicted is not None:
+            measures["class_consistency"] = (predicted == labels).double().mean().item()
+        return measures
+
+    def split_half_distance(self, seed: int = 0) -> float:
+        """Fréchet distance between two random halves of the real images: what so few samples show of no difference."""
+        order = torch.randperm(len(self.real_features), generator=torch.Generator().manual_seed(seed))
+        first, second = self.real_features[order].chunk(2)
+        return frechet_distance(Gaussian.fit(first), Gaussian.fit(second))

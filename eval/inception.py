@@ -1,0 +1,65 @@
+"""Inception features for FID and KID, by clean-fid's resizing and network (arXiv 2104.11222)."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanfid.downloads_helper import check_download_inception
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
+
+WEIGHTS = "inception-2015-12-05.pt"
+CACHE = Path.home() / ".cache" / "one-step-mdm"
+
+
+def find_weights(path: Path | None) -> Path:
+    """The Inception weights at the path or in the cache, downloaded on first use; FileNotFoundError if neither."""
+    if path is not None:
+        file = path / WEIGHTS if path.is_dir() else path
+        if file.name != WEIGHTS or not file.is_file():
+            raise FileNotFoundError(f"there are no Inception weights at {path}; expected a file named {WEIGHTS}")
+        return file
+    file = CACHE / WEIGHTS
+    if not file.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        try:
+            check_download_inception(str(CACHE))
+        except (urllib.error.URLError, OSError) as error:
+            file.unlink(missing_ok=True)  # a part of it would be taken for the whole
+            raise FileNotFoundError(
+                f"the Inception weights could not be downloaded ({error}); put {WEIGHTS} into {CACHE} or name it with "
+                "--inception-path. FD on a classifier's features (--features classifier) needs no download"
+            ) from error
+    return file
+
+
+class InceptionFeatures:
+    """The 2048-d features that FID is defined on; grey images are repeated over three channels."""
+
+    distance_names = ("fid", "kid")
+
+    def __init__(self, path: Path | None = None, device: torch.device | str = "cpu"):
+        weights = find_weights(path)
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.name = f"Inception (clean-fid, resized from PNG-like uint8; weights sha256 {digest})"
+        self.device = device
+        self._network = InceptionV3W(str(weights.parent), download=False).to(device).eval()
+        self._resize = build_resizer("clean")
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, 2048) of images (N, C, H, W) in [0, 1]."""
+        return torch.cat([self._network(self._prepare(part)).cpu() for part in images.split(64)])
+
+    def predict(self, features: torch.Tensor) -> None:
+        return None
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (images.expand(-1, 3, -1, -1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        resized = np.stack([self._resize(image) for image in pixels])
+        return torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)

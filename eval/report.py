@@ -1,0 +1,76 @@
+"""The report of a distillation: one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import PIL.Image
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
+
+
+def write_report(
+    path: Path,
+    *,
+    summary: dict[str, Any],
+    speed: list[dict[str, Any]],
+    samples: dict[str, PIL.Image.Image],
+    settings: dict[str, str],
+    protocol: dict[str, Any],
+) -> None:
+    """Write the page: samples side by side, quality against evaluations, timings, settings, protocol.
+
+    `summary` is the quickstart's, `speed` the rows of `measure_speed`, `settings` YAML texts by title.
+    """
+    environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
+    page = environment.get_template("report.html.jinja").render(
+        summary=summary,
+        speed=speed,
+        samples={title: _data_uri(image) for title, image in samples.items()},
+        plot=_data_uri(quality_plot(summary)),
+        settings=settings,
+        protocol=protocol,
+    )
+    path.write_text(page)
+
+
+def quality_plot(summary: dict[str, Any]) -> PIL.Image.Image:
+    """FD against network evaluations: the teacher's curve and the student's point."""
+    with matplotlib.rc_context({"font.size": 11, "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK}):
+        figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        teacher = sorted(summary["teacher"], key=lambda row: row["nfe"])
+        axes.plot(
+            [row["nfe"] for row in teacher], [row["fd"] for row in teacher], "o-", color=TEACHER, label="teacher, tuned"
+        )
+        for row in teacher:
+            label = f"{row['steps']} step{'s' if row['steps'] > 1 else ''}"
+            axes.annotate(label, (row["nfe"], row["fd"]), xytext=(6, 7), textcoords="offset points", fontsize=9)
+        student, untrained = summary["student"], summary["untrained_student"]
+        axes.plot(1, student["fd"], "*", markersize=17, color=STUDENT, label="one-step student")
+        axes.plot(1, untrained["fd"], "x", markersize=8, color=STUDENT, label="student before distillation")
+        axes.axhline(summary["real_vs_real_fd"], color=INK, linewidth=0.8, linestyle=":", label="real against real")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set_xlabel("network evaluations per image")
+        axes.set_ylabel("FD (lower is better)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        buffer = io.BytesIO()
+        figure.savefig(buffer)
+    return PIL.Image.open(buffer)
+
+
+def _data_uri(image: PIL.Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,54 @@
+"""A sampler's best settings: chosen on one draw of images, reported on another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from eval.evaluate import Reference, generate
+from teachers.pipeline import TokenPipeline
+
+TUNING_SEED, REPORT_SEED = 0, 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings to try, and how many images to judge them by."""
+
+    temperatures: tuple[float, ...]
+    guidance_scales: tuple[float, ...]
+    num_steps: tuple[int, ...]
+    num_tuning_images: int
+    num_report_images: int
+
+    def teacher_settings(self, num_steps: int) -> list[dict[str, Any]]:
+        return [
+            {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "temperature": temperature}
+            for guidance_scale, temperature in product(self.guidance_scales, self.temperatures)
+        ]
+
+    def student_settings(self) -> list[dict[str, Any]]:
+        return [{"temperature": temperature} for temperature in self.temperatures]
+
+
+def tune_and_measure(
+    pipeline: TokenPipeline, candidates: list[dict[str, Any]], reference: Reference, grid: Grid, name: str
+) -> dict[str, Any]:
+    """The candidate with the lowest Fréchet distance on the tuning draw, measured in full on the report draw.
+
+    Returns {"settings", "nfe", measures ..., "tuning": [{settings ..., measures ...} for each candidate]}.
+    """
+    distance, _ = reference.features.distance_names
+    tuning = []
+    for number, settings in enumerate(candidates):
+        description = f"{name}: tuning {number + 1}/{len(candidates)}"
+        images, labels, _ = generate(
+            pipeline, grid.num_tuning_images, seed=TUNING_SEED, description=description, **settings
+        )
+        tuning.append(settings | reference.quick(images, labels))
+    best = min(range(len(candidates)), key=lambda number: tuning[number][distance])
+    images, labels, nfe = generate(
+        pipeline, grid.num_report_images, seed=REPORT_SEED, description=f"{name}: measuring", **candidates[best]
+    )
+    return {"settings": candidates[best], "nfe": nfe, **reference.measure(images, labels), "tuning": tuning}

@@ -1,0 +1,69 @@
+"""Measure the images of a teacher or a one-step student against real ones.
+
+    python scripts/evaluate.py runs/digits/one-step --num-images 5000
+    python scripts/evaluate.py runs/digits/teacher/pipeline --num-inference-steps 8 --guidance-scale 1.25
+
+The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from distill.command import run
+from distill.config import load_config
+from eval.evaluate import Reference, generate
+from eval.inception import InceptionFeatures
+from eval.monitor import real_images, reference_for
+from students.loading import load_pipeline
+from teachers.data import DataConfig
+from teachers.pipeline import MaskedDiffusionPipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure generated images against real ones.")
+    parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
+    parser.add_argument("data", nargs="*", metavar="key=value", help="the real images, e.g. name=folder image_size=32")
+    parser.add_argument("--num-images", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, help="default: the pipeline's")
+    parser.add_argument("--num-inference-steps", type=int, help="of a teacher; default: its sampler's")
+    parser.add_argument("--guidance-scale", type=float, help="of a teacher; default: its sampler's")
+    parser.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
+    parser.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
+    parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    run(lambda: evaluate(parser.parse_args()))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    data = load_config(DataConfig, overrides=arguments.data)
+    pipeline = load_pipeline(arguments.pipeline)
+    settings = {"temperature": arguments.temperature}
+    if isinstance(pipeline, MaskedDiffusionPipeline):
+        settings["num_inference_steps"] = arguments.num_inference_steps
+        settings["guidance_scale"] = arguments.guidance_scale
+
+    if arguments.features == "inception":
+        reference = Reference(InceptionFeatures(arguments.inception_path), real_images(data))
+    else:
+        reference = reference_for(data, arguments.classifier)
+    images, labels, nfe = generate(
+        pipeline, arguments.num_images, seed=arguments.seed, description="generating", **settings
+    )
+    measures = reference.measure(images, labels)
+    for name, value in measures.items():
+        print(f"{name:20} {value:10.4f}")
+    protocol = {
+        "num_images": arguments.num_images,
+        "reference": f"{len(reference.real_features)} images of {data.name}",
+        "features": reference.features.name,
+        "seed": arguments.seed,
+        "settings": {key: value for key, value in settings.items() if value is not None},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "clean-fid")},
+    }
+    print(json.dumps({"pipeline": str(arguments.pipeline), "nfe": nfe, **measures, "protocol": protocol}))
+
+
+if __name__ == "__main__":
+    main()

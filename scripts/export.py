@@ -1,0 +1,50 @@
+"""Export a distilled student as a OneStepPipeline folder.
+
+python scripts/export.py runs/digits/student --output runs/digits/one-step
+"""
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+
+from distill.command import run
+from distill.student_job import load_student
+from students.export import export_student
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Export a distilled student as a OneStepPipeline folder.")
+    parser.add_argument("run", type=Path, help="folder of a distillation run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default temperature of the tokens")
+    parser.add_argument("--measurements", type=Path, help="JSON list of rows for the model card's table")
+    parser.add_argument("--protocol", default="", help="a sentence on how they were measured, for the model card")
+    run(lambda: export(parser.parse_args()))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    pipeline, job, step = load_student(arguments.run)
+    pipeline.register_to_config(temperature=arguments.temperature)
+    measurements = json.loads(arguments.measurements.read_text()) if arguments.measurements else []
+    metadata = {
+        "method": "Di[M]O (arXiv 2503.15457)",
+        "teacher": job.teacher,
+        "steps": str(step),
+        "batch_size": str(job.training.batch_size),
+        "seed": str(job.training.seed),
+        "settings": json.dumps(asdict(job.method) | asdict(job.initial)),
+        "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}",
+    }
+    export_student(
+        pipeline, arguments.output, metadata=metadata, measurements=measurements, protocol=arguments.protocol
+    )
+    print(f"wrote {arguments.output}: read back, with the same logits")
+
+
+if __name__ == "__main__":
+    main()

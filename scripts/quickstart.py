@@ -1,0 +1,211 @@
+"""The whole job on the embedded digits: teacher, one-step student, export, measurements, report.
+
+    python scripts/quickstart.py [--output runs/digits] [--seed 0] [--thorough]
+
+Finished stages are kept: run it again to go on after an interruption. The last line of stdout is the summary.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.command import run
+from distill.config import to_yaml
+from distill.student_job import load_job, load_student
+from eval.evaluate import Reference, generate
+from eval.monitor import reference_for
+from eval.report import write_report
+from eval.speed import measure_speed, speed_table
+from eval.tuning import Grid, tune_and_measure
+from students.export import image_grid
+from students.loading import load_pipeline
+from students.pipeline import OneStepPipeline
+from teachers.data import DataConfig
+from teachers.pipeline import MaskedDiffusionPipeline
+
+QUICK = Grid(
+    temperatures=(1.0, 0.8, 0.6),
+    guidance_scales=(1.0, 1.25, 1.5),
+    num_steps=(1, 2, 4, 8, 16),
+    num_tuning_images=500,
+    num_report_images=2000,
+)
+THOROUGH = Grid(
+    temperatures=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+    guidance_scales=(1.0, 1.25, 1.5, 2.0),
+    num_steps=(1, 2, 4, 8, 16, 32),
+    num_tuning_images=5000,
+    num_report_images=5000,
+)
+CONFIGS = Path(__file__).parent.parent / "configs" / "digits"
+DATA = DataConfig()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The whole job on the embedded digits, in minutes.")
+    parser.add_argument("--output", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--seed", type=int, default=0, help="of teacher and student training")
+    parser.add_argument("--thorough", action="store_true", help="5,000 images and a finer grid for every measurement")
+    run(lambda: Quickstart(parser.parse_args()).run())
+
+
+class Quickstart:
+    """The stages, each of which is skipped where its result is there."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.output, self.seed = arguments.output, arguments.seed
+        self.grid = THOROUGH if arguments.thorough else QUICK
+        self.teacher_folder = self.output / "teacher" / "pipeline"
+        self.student_run = self.output / "student"
+        self.student_folder = self.output / "one-step"
+        self.seconds_file = self.output / "seconds.json"
+
+    def run(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.stage("teacher", self.teacher_folder, self.train_teacher)
+        self.stage("distillation", self.student_run / "finished", self.train_student)
+        reference = reference_for(DATA, self.output / "classifier")
+        measurements = self.output / "measurements.json"
+        self.stage("measurement", measurements, lambda: self.measure(reference, measurements))
+        self.stage("export", self.student_folder, lambda: self.export(measurements))
+        speed = self.output / "speed.json"
+        self.stage("speed", speed, lambda: self.time(measurements, speed))
+        summary = self.summarise(reference, measurements, speed)
+        print(f"\nreport: {self.output / 'report.html'}")
+        print(json.dumps(summary))
+
+    def stage(self, name: str, result: Path, work: Any) -> None:
+        seconds = json.loads(self.seconds_file.read_text()) if self.seconds_file.exists() else {}
+        if result.exists():
+            print(f"== {name}: {result} is there", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        work()
+        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+        self.seconds_file.write_text(json.dumps(seconds))
+        print(f"== {name}: {seconds[name]:.0f} s", flush=True)
+
+    def train_teacher(self) -> None:
+        self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher")
+
+    def train_student(self) -> None:
+        self.launch("train_student.py", "student.yaml", self.student_run, f"teacher={self.teacher_folder}")
+        (self.student_run / "finished").touch()
+
+    def launch(self, script: str, config: str, output: Path, *overrides: str) -> None:
+        """`accelerate launch`: on the GPU if there is one, else on two CPU processes with a core each."""
+        resume = (output / "checkpoints").exists()
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        environment = dict(os.environ)
+        if torch.cuda.is_available():
+            command += ["--num_processes", "1"]
+        else:
+            command += ["--cpu", "--num_processes", str(min(2, os.cpu_count() or 1))]
+            command += ["--num_cpu_threads_per_process", "1"]
+            environment["OMP_NUM_THREADS"] = "1"
+        command += [str(Path(__file__).parent / script), "--config", str(CONFIGS / config), f"output={output}"]
+        command += [f"training.seed={self.seed}", f"training.resume={str(resume).lower()}", *overrides]
+        print("$ accelerate launch " + " ".join(command[3:]), flush=True)
+        subprocess.run(command, env=environment, check=True)
+
+    def measure(self, reference: Reference, path: Path) -> None:
+        teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
+        student, _, _ = load_student(self.student_run)
+        untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
+        rows = []
+        for steps in self.grid.num_steps:
+            settings = self.grid.teacher_settings(steps)
+            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
+            rows.append({"steps": steps, **row})
+        measured = {"teacher": rows}
+        for name, pipeline in [("student", student), ("untrained_student", untrained)]:
+            row = tune_and_measure(pipeline, self.grid.student_settings(), reference, self.grid, name)
+            measured[name] = {"steps": 1, **row}
+        measured["real_vs_real_fd"] = reference.split_half_distance()
+        path.write_text(json.dumps(measured, indent=2))
+
+    def export(self, measurements: Path) -> None:
+        measured = json.loads(measurements.read_text())
+        keys = ("steps", "nfe", "fd", "class_consistency", "precision", "recall")
+        rows = [("student", measured["student"])] + [("teacher", row) for row in measured["teacher"]]
+        table = self.output / "card.json"
+        table.write_text(json.dumps([{"": name, **{key: row[key] for key in keys}} for name, row in rows]))
+        command = [sys.executable, str(Path(__file__).parent / "export.py"), str(self.student_run)]
+        command += ["--output", str(self.student_folder), "--measurements", str(table)]
+        command += ["--temperature", str(measured["student"]["settings"]["temperature"])]
+        command += ["--protocol", self.protocol()["Quality"]]
+        subprocess.run(command, check=True)
+
+    def time(self, measurements: Path, path: Path) -> None:
+        measured = json.loads(measurements.read_text())
+        teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
+        candidates = {"student": (student, {})}
+        for row in measured["teacher"]:
+            candidates[f"teacher, {row['steps']} steps"] = (teacher, row["settings"])
+        rows = []
+        for decode, batch_sizes in [(False, [1, 256]), (True, [1, 256])]:
+            rows += measure_speed(candidates, batch_sizes=batch_sizes, num_repeats=7, decode=decode)
+        print(speed_table(rows))
+        path.write_text(json.dumps(rows, indent=2))
+
+    def summarise(self, reference: Reference, measurements: Path, speed: Path) -> dict[str, Any]:
+        summary, rows = json.loads(measurements.read_text()), json.loads(speed.read_text())
+        throughput = {row["name"]: row["images_per_second"] for row in rows if row["decode"] and row["batch_size"] > 1}
+        for row in summary["teacher"]:
+            row["images_per_second"] = throughput[f"teacher, {row['steps']} steps"]
+        for name in ("student", "untrained_student"):
+            summary[name]["images_per_second"] = throughput["student"]
+        for row in [*summary["teacher"], summary["student"], summary["untrained_student"]]:
+            del row["tuning"]
+        best = min(summary["teacher"], key=lambda row: row["fd"])
+        summary["best_teacher"] = best
+        summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
+        seconds = json.loads(self.seconds_file.read_text())
+        summary["wall_seconds"] = seconds | {"total": sum(seconds.values())}
+        summary["protocol"] = self.protocol() | {"Features": reference.features.name}
+
+        write_report(
+            self.output / "report.html",
+            summary=summary,
+            speed=rows,
+            samples=self.samples(best),
+            settings={
+                "Teacher": (self.output / "teacher" / "config.yaml").read_text(),
+                "Student": to_yaml(load_job(self.student_run)),
+            },
+            protocol=summary["protocol"],
+        )
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=2))
+        return summary
+
+    def samples(self, best: dict[str, Any]) -> dict[str, Any]:
+        teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
+        title = f"Teacher, {best['steps']} steps ({best['nfe']} evaluations)"
+        return {
+            title: image_grid(generate(teacher, 80, **best["settings"])[0], 10),
+            "Student, one evaluation": image_grid(generate(student, 80)[0], 10),
+        }
+
+    def protocol(self) -> dict[str, str]:
+        grid = self.grid
+        return {
+            "Quality": f"{grid.num_report_images} images for every row, against all 1,797 real digits. Temperature "
+            f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by FD "
+            f"on another draw of {grid.num_tuning_images} images.",
+            "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "
+            f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch 256.",
+            "Seed": str(self.seed),
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Train a masked diffusion teacher.
+
+accelerate launch scripts/train_teacher.py --config configs/digits/teacher.yaml [key=value ...]
+"""
+
+from pathlib import Path
+
+from distill.command import run
+from distill.config import parse_arguments
+from distill.teacher_job import TeacherJob, train_teacher
+from eval.monitor import SampleMonitor
+
+
+def main() -> None:
+    job = parse_arguments(TeacherJob, "Train a masked diffusion teacher.")
+    run(lambda: train_teacher(job, SampleMonitor(Path(job.output), job.data)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Export of a one-step student: safetensors with their origin in the metadata, configs, a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from students.pipeline import OneStepPipeline
+from teachers.randomness import sample_generators
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def export_student(
+    pipeline: OneStepPipeline,
+    output: Path,
+    *,
+    metadata: dict[str, str],
+    measurements: list[dict[str, Any]],
+    protocol: str,
+) -> None:
+    """Write a `OneStepPipeline` folder, read it back and compare before it gets its name.
+
+    Args:
+        metadata: method, settings and source; goes into the safetensors files and the model card.
+        measurements: rows of the model card's table; all with the same keys.
+        protocol: what the measurements are.
+
+    Raises ValueError if the output folder is not empty, RuntimeError if what was read back differs.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    pipeline.save_pretrained(staging)
+    for component in ("denoiser", "initialiser"):
+        path = staging / component / WEIGHTS
+        save_file(load_file(path), path, metadata={"format": "pt", **metadata})
+
+    sample_grid(pipeline).save(staging / "samples.png")
+    template = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined).get_template(
+        "model_card.md.jinja"
+    )
+    card = template.render(name=output.name, metadata=metadata, measurements=measurements, protocol=protocol)
+    (staging / "README.md").write_text(card)
+    (staging / "measurements.json").write_text(json.dumps(measurements, indent=2))
+
+    _compare(pipeline, OneStepPipeline.from_pretrained(staging))
+    if output.exists():
+        output.rmdir()
+    os.replace(staging, output)
+
+
+@torch.no_grad()
+def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline) -> None:
+    """Raise RuntimeError unless both give the same initial tokens and logits for every class."""
+    results = []
+    for candidate in (pipeline, reloaded):
+        labels = list(range(candidate.num_classes))
+        condition = candidate.encode_condition(labels)
+        generator = sample_generators("compare", places=labels)
+        initial = candidate.initialiser(condition, generator)
+        logits = candidate.denoiser(initial, condition, candidate.initialiser.perturbation(generator))
+        results.append((initial.cpu(), logits.cpu()))
+    (initial, logits), (initial_reloaded, logits_reloaded) = results
+    if not torch.equal(initial, initial_reloaded) or not torch.equal(logits, logits_reloaded):
+        raise RuntimeError("the exported student, read back, does not give the same logits; nothing was exported")
+
+
+def sample_grid(pipeline: OneStepPipeline, num_rows: int = 8, min_size: int = 32) -> Image.Image:
+    """Samples with a fixed seed: a column for each of the first ten classes."""
+    num_columns = min(pipeline.num_classes, 10)
+    labels = [column for _ in range(num_rows) for column in range(num_columns)]
+    generator = sample_generators("samples", places=range(len(labels)))
+    images = pipeline(class_labels=labels, generator=generator, output_type="pt").images
+    return image_grid(images, num_columns, min_size)
+
+
+def image_grid(images: torch.Tensor, num_columns: int, min_size: int = 32) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1] side by side, small ones enlarged to at least `min_size` pixels."""
+    factor = max(1, -(-min_size // images.shape[-1]))
+    images = images.cpu().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.5).expand(-1, 3, -1, -1)
+    rows = [torch.cat(list(row), -1) for row in images.split(num_columns)]
+    pixels = (torch.cat(rows, -2).permute(1, 2, 0) * 255).round().byte().numpy()
+    return Image.fromarray(pixels)
