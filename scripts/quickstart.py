@@ -159,7 +159,8 @@ class Quickstart:
 
     def summarise(self, reference: Reference, measurements: Path, speed: Path) -> dict[str, Any]:
         summary, rows = json.loads(measurements.read_text()), json.loads(speed.read_text())
-        throughput = {row["name"]: row["images_per_second"] for row in rows if row["decode"] and row["batch_size"] > 1}
+        decoded = [row for row in rows if row["decode"] and row["batch_size"] > 1]
+        throughput = {row["name"]: row["images_per_second"] for row in decoded}
         for row in summary["teacher"]:
             row["images_per_second"] = throughput[f"teacher, {row['steps']} steps"]
         for name in ("student", "untrained_student"):

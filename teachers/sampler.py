@@ -73,10 +73,12 @@ class MaskGITSampler(SchedulerMixin, ConfigMixin):
             sampled = sample_tokens(logits, generator, temperature=temperature, top_k=config.top_k, top_p=config.top_p)
             masked = tokens == mask_token_id
 
-            # How many stay masked: what the schedule says, but at least one is revealed at every step.
+            # How many stay masked: what the schedule says, but each step reveals one, and leaves one for each step after.
             done = (step + 1) / num_steps
-            scheduled = (num_masked * scheduled_mask_ratio(config.schedule, done)).floor().long()
-            num_reveal = masked.sum(-1) - scheduled.clamp(max=num_masked - (step + 1)).clamp(min=0)
+            scheduled = num_masked * scheduled_mask_ratio(config.schedule, done)
+            scheduled = (scheduled + 1e-4).floor().long()  # 3 (1 - 1/3) is 2, whatever rounding says
+            most = (num_masked - (step + 1)).clamp(min=0)
+            num_reveal = masked.sum(-1) - scheduled.clamp(min=num_steps - (step + 1)).minimum(most)
 
             uniform = rand(*tokens.shape, generator=generator, device=tokens.device)
             if config.order == "confidence":

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
+from teachers.data import DataConfig, load_data
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Golden numbers and data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"there is no {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def digits() -> torch.Tensor:
+    return load_data(DataConfig(split="test")).images()
+
+
+def tiny_teacher(digits: torch.Tensor) -> MaskedDiffusionPipeline:
+    """An untrained teacher on the digits: 4x4 tokens, a codebook of 16."""
+    tokenizer = PatchTokenizer.fit(digits, patch_size=2, codebook_size=16)
+    torch.manual_seed(0)
+    denoiser = MaskGITTransformer(16, 10, (4, 4), hidden_size=16, num_layers=1, num_attention_heads=2, mlp_size=32)
+    with torch.no_grad():  # an untrained network hardly sees its input; make it look
+        for parameter in denoiser.parameters():
+            parameter.mul_(5)
+    return MaskedDiffusionPipeline(denoiser.eval(), tokenizer, MaskGITSampler(order="random", num_inference_steps=4))
+
+
+@pytest.fixture
+def teacher(digits) -> MaskedDiffusionPipeline:
+    return tiny_teacher(digits)

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from distill.divergence import divergence_gradient, jeffreys_divergence, with_gradient
+
+GOLDEN = load_file(Path(__file__).parents[1] / "data" / "divergence.safetensors")
+BETAS = ["-0.2", "0.0", "0.5", "1.0"]
+
+
+def golden_logits():
+    unconditional, conditional = GOLDEN["teacher_unconditional"], GOLDEN["teacher_conditional"]
+    return unconditional + 2 * (conditional - unconditional), GOLDEN["auxiliary"], GOLDEN["mask"].bool()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_divergence_equals_the_golden_numbers(beta):
+    teacher, auxiliary, mask = golden_logits()
+    value = jeffreys_divergence(teacher, auxiliary, float(beta))
+    torch.testing.assert_close(value[mask], GOLDEN[f"divergence_beta_{beta}"][mask], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_equals_the_golden_numbers(beta):
+    teacher, auxiliary, mask = golden_logits()
+    gradient = divergence_gradient(teacher, auxiliary, mask, float(beta))
+    torch.testing.assert_close(gradient, GOLDEN[f"gradient_beta_{beta}"], atol=1e-6, rtol=1e-4)
+    assert (gradient[~mask] == 0).all()
+
+
+@given(st.floats(-3, 3), st.integers(0, 2**32))
+def test_gradient_equals_autograd_for_any_beta(beta, seed):
+    generator = torch.Generator().manual_seed(seed)
+    teacher, auxiliary = torch.randn(2, 2, 3, 7, generator=generator, dtype=torch.float64)
+    auxiliary.requires_grad_()
+    (expected,) = torch.autograd.grad(jeffreys_divergence(teacher, auxiliary, beta).sum(), auxiliary)
+    gradient = divergence_gradient(teacher, auxiliary, torch.ones(2, 3, dtype=torch.bool), beta)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_equal_distributions_have_no_divergence(beta):
+    logits = torch.randn(2, 3, 7)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert jeffreys_divergence(logits + 1, logits, beta).abs().max() < 1e-5
+    assert divergence_gradient(logits + 1, logits, mask, beta).abs().max() < 1e-6
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    teacher, auxiliary, mask = golden_logits()
+    gradient = divergence_gradient(teacher.bfloat16(), auxiliary.bfloat16(), mask, 0.5)
+    assert gradient.dtype == torch.float32
+
+
+def test_backward_hands_the_gradient_to_the_logits():
+    logits, gradient = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
+    with_gradient(logits, gradient).backward()
+    torch.testing.assert_close(logits.grad, gradient)

@@ -1,0 +1,44 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teachers.corruption import MASK_SCHEDULES, corrupt, random_mask, scheduled_mask_ratio
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 2**32))
+def test_masks_hold_the_exact_count(ratios, length, seed):
+    ratio = torch.tensor(ratios)
+    mask = random_mask(ratio, length, torch.Generator().manual_seed(seed))
+    assert mask.sum(-1).tolist() == [max(1, round(float(r * length))) for r in ratio]
+
+
+def test_every_position_is_equally_likely_to_be_masked():
+    mask = random_mask(torch.full((20000,), 0.25), 8, torch.Generator().manual_seed(0))
+    assert mask.float().mean(0).sub(0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 20000)
+
+
+def test_corruption_changes_masked_tokens_only():
+    tokens = torch.randint(0, 9, (6, 12))
+    corrupted, mask = corrupt(tokens, torch.linspace(0.1, 1, 6), 9, torch.Generator().manual_seed(0))
+    assert (corrupted[mask] == 9).all()
+    assert torch.equal(corrupted[~mask], tokens[~mask])
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_schedules_fall_from_all_to_none(schedule):
+    ratio = scheduled_mask_ratio(schedule, torch.linspace(0, 1, 101))
+    assert ratio[0] == pytest.approx(1)
+    assert ratio[-1] == pytest.approx(0, abs=1e-6)
+    assert (ratio.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mean"), [("linear", 1 / 2), ("square", 1 / 3), ("cosine", 2 / math.pi), ("arccos", 2 / math.pi)]
+)
+def test_mean_mask_ratio_in_training(schedule, mean):
+    """The integrals over progress ~ U(0, 1) in closed form."""
+    progress = (torch.arange(100000) + 0.5) / 100000
+    assert scheduled_mask_ratio(schedule, progress).mean() == pytest.approx(mean, abs=1e-4)
