@@ -83,7 +83,8 @@ def _read_overrides(overrides: typing.Sequence[str]) -> dict[Any, Any]:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r} is not of the form key=value")
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    quoted = [override + "''" if override.endswith("=") else override for override in overrides]  # key= is empty text
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(quoted))
     assert isinstance(given, dict)
     return given
 

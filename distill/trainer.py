@@ -46,6 +46,7 @@ class TrainingConfig:
     warmup_steps: int = setting(100, "steps over which the learning rate rises from zero")
     weight_decay: float = setting(0.0, "AdamW's weight decay; 0 is Adam")
     adam_beta2: float = setting(0.999, "Adam's decay of squared gradients")
+    adam_epsilon: float = setting(1e-6, "Adam's epsilon; a smaller one makes full steps of gradients that are rounding")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm, each network's alone")
     ema_decay: float = setting(0.999, "of the averaged weights, warmed up as min(decay, (1 + n) / (10 + n))")
     mixed_precision: str = setting("no", "no or bf16")
@@ -71,7 +72,7 @@ class TrainingConfig:
         for name in ("keep_checkpoints", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be more than 0")
         for name in ("warmup_steps", "weight_decay", "evaluate_every"):
@@ -173,6 +174,7 @@ class Trainer:
                 [parameter for parameter in network.parameters() if parameter.requires_grad],
                 lr=learning_rates[name],
                 betas=(0.9, config.adam_beta2),
+                eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
             )
             self.networks[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
@@ -301,7 +303,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         if self.evaluate is not None and self.accelerator.is_main_process:
-            self._write(self.evaluate(self.averaged_network(), self.step))
+            measures = self.evaluate(self.averaged_network(), self.step)
+            if measures:
+                self._write(measures)
         self.accelerator.wait_for_everyone()
 
     def _write(self, values: dict[str, float]) -> None:

@@ -23,7 +23,7 @@ class Gaussian:
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
         features = features.double()
-        return cls(features.mean(0), features.T.cov())
+        return cls(features.mean(0), torch.atleast_2d(features.T.cov()))
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

@@ -200,8 +200,8 @@ class Quickstart:
         grid = self.grid
         return {
             "Quality": f"{grid.num_report_images} images for every row, against all 1,797 real digits. Temperature "
-            f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by FD "
-            f"on another draw of {grid.num_tuning_images} images.",
+            f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by "
+            f"FD on another draw of {grid.num_tuning_images} images.",
             "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "
             f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch 256.",
             "Seed": str(self.seed),

@@ -73,7 +73,7 @@ class MaskGITSampler(SchedulerMixin, ConfigMixin):
             sampled = sample_tokens(logits, generator, temperature=temperature, top_k=config.top_k, top_p=config.top_p)
             masked = tokens == mask_token_id
 
-            # How many stay masked: what the schedule says, but each step reveals one, and leaves one for each step after.
+            # What stays masked is as scheduled, but each step reveals a token and leaves one for each step after it.
             done = (step + 1) / num_steps
             scheduled = num_masked * scheduled_mask_ratio(config.schedule, done)
             scheduled = (scheduled + 1e-4).floor().long()  # 3 (1 - 1/3) is 2, whatever rounding says

@@ -1,0 +1,76 @@
+import re
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from distill.config import load_config, parse_arguments, to_yaml
+from distill.student_job import StudentJob
+from distill.teacher_job import TeacherJob
+
+
+def written(tmp_path, text):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_then_file_then_overrides(tmp_path):
+    path = written(
+        tmp_path, "output: from-file\nmethod: {beta: 0.5, guidance_scale: 3}\ninitial: {mask_ratio: [0.2, 0.4]}"
+    )
+    job = load_config(StudentJob, path, ["method.beta=-0.2", "training.num_steps=7"])
+    assert (job.output, job.method.beta, job.method.guidance_scale) == ("from-file", -0.2, 3.0)
+    assert tuple(job.initial.mask_ratio) == (0.2, 0.4)
+    assert job.training.num_steps == 7
+    assert job.training.batch_size == StudentJob().training.batch_size
+
+
+@pytest.mark.parametrize("config_class", [StudentJob, TeacherJob])
+def test_printed_settings_read_back(config_class, tmp_path):
+    job = config_class(output="elsewhere")
+    assert load_config(config_class, written(tmp_path, to_yaml(job))) == job
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("methd: {beta: 1}", [], "unknown setting methd; did you mean method?"),
+        ("", ["method.bta=1"], "unknown setting method.bta; did you mean method.beta?"),
+        ("", ["training.nonsense_of_a_name=1"], "unknown setting training.nonsense_of_a_name; known are"),
+        ("", ["training.num_steps=many"], "training.num_steps"),
+        ("", ["training.batch_size=0"], "training.batch_size=0 must be at least 1"),
+        ("", ["initial.mask_ratio=[0.9,0.1]"], "initial.mask_ratio=[0.9, 0.1]"),
+        ("", ["initial.random_tokens=gaussian"], "initial.random_tokens='gaussian'"),
+        ("", ["method.weighting=dmd"], "weighting='dmd'"),
+        ("", ["training.learning_rate=nan"], "training.learning_rate=nan"),
+        ("", ["output"], "'output' is not of the form key=value"),
+        ("- a\n- list", [], "must hold settings as `key: value`"),
+        ("a: [1", [], "not a YAML file"),
+        ("output: !!python/object/apply:os.getcwd []", [], "not a YAML file"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(StudentJob, written(tmp_path, text), overrides)
+
+
+def test_a_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"no configuration file nowhere\.yaml"):
+        load_config(StudentJob, "nowhere.yaml")
+
+
+def test_command_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(StudentJob, "", ["--dry-run", "method.beta=0.25"])
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"] == asdict(StudentJob().method) | {"beta": 0.25}
+
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(StudentJob, "", ["method.bta=1"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+    with pytest.raises(SystemExit):
+        parse_arguments(StudentJob, "", ["--help"])
+    assert "method.auxiliary_updates" in capsys.readouterr().out

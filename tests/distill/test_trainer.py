@@ -1,0 +1,243 @@
+"""The loop, run in this process by a student job on the tiny teacher."""
+
+import json
+
+import PIL.Image
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from distill import trainer as trainer_module
+from distill.config import load_config
+from distill.dimo import DiMO
+from distill.student_job import StudentJob, load_student, train_student
+from distill.teacher_job import TeacherJob, TokenBatches, train_teacher
+from distill.trainer import TrainingConfig
+from teachers import MaskedDiffusionPipeline
+
+
+@pytest.fixture
+def run(teacher, tmp_path):
+    """Runs a student job; returns its averaged weights and its metrics."""
+    teacher.save_pretrained(tmp_path / "teacher")
+
+    def run(name, *overrides, monitor=None):
+        job = load_config(
+            StudentJob,
+            overrides=[
+                f"teacher={tmp_path / 'teacher'}",
+                f"output={tmp_path / name}",
+                "training.num_steps=6",
+                "training.batch_size=8",
+                "training.tracker=none",
+                "training.log_every=1",
+                "training.warmup_steps=2",
+                "training.learning_rate=0.01",
+                *overrides,
+            ],
+        )
+        train_student(job, monitor)
+        pipeline, _, step = load_student(tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return pipeline.denoiser.state_dict(), lines, step
+
+    return run
+
+
+def furthest(first, second):
+    return max((first[key] - second[key]).abs().max().item() for key in first)
+
+
+def test_a_run_repeats_itself_and_the_seed_matters(run):
+    first, lines, step = run("first", "initial.embedding_noise=0.1")
+    second, _, _ = run("second", "initial.embedding_noise=0.1")
+    other, _, _ = run("other", "initial.embedding_noise=0.1", "training.seed=1")
+    assert furthest(first, second) == 0
+    assert furthest(first, other) > 1e-4
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"divergence", "teacher_agreement", "token_entropy", "auxiliary_cross_entropy"} <= lines[0].keys()
+    assert step == 6
+
+
+def test_accumulation_gives_the_same_run(run):
+    whole, whole_lines, _ = run("whole")
+    parts, parts_lines, _ = run("parts", "training.gradient_accumulation_steps=4")
+    assert furthest(whole, parts) < 1e-4
+    for one, other in zip(whole_lines, parts_lines, strict=True):
+        assert one["student_grad_norm"] == pytest.approx(other["student_grad_norm"], rel=1e-2, abs=1e-5)
+
+
+def test_the_student_learns_and_the_frozen_embeddings_stay(run, teacher):
+    weights, _, _ = run("run")
+    start = teacher.denoiser.state_dict()
+    changed = {key for key in weights if not torch.equal(weights[key], start[key])}
+    assert changed
+    assert not changed & {"token_embedding.weight", "class_embedding.weight", "position_embedding", "output_bias"}
+
+
+def with_infinite_loss_at(monkeypatch, steps):
+    losses = DiMO.losses
+    calls = []
+
+    def faulty(self, *arguments):
+        calls.append(None)
+        values, metrics = losses(self, *arguments)
+        if len(calls) - 1 in steps:
+            values["student"] = values["student"] * float("nan")
+        return values, metrics
+
+    monkeypatch.setattr(DiMO, "losses", faulty)
+
+
+def test_a_step_without_finite_loss_is_skipped(run, monkeypatch, caplog):
+    with_infinite_loss_at(monkeypatch, {3})
+    weights, _, _ = run("run")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert "step 3" in caplog.text
+
+
+def test_too_many_of_them_end_the_run(run, monkeypatch):
+    with_infinite_loss_at(monkeypatch, {2, 3, 4, 5})
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        run("run", "training.max_nonfinite_steps=3")
+
+
+def test_a_skipped_step_leaves_networks_and_optimizers_as_they_were(run, monkeypatch, teacher):
+    """In the first step the auxiliary is the teacher still, so that only the second can move the student."""
+    with_infinite_loss_at(monkeypatch, {0, 1})
+    skipped, _, _ = run("skipped", "training.num_steps=2", "training.warmup_steps=0")
+    monkeypatch.undo()
+    stepped, _, _ = run("stepped", "training.num_steps=2", "training.warmup_steps=0")
+    assert furthest(skipped, teacher.denoiser.state_dict()) == 0
+    assert furthest(stepped, teacher.denoiser.state_dict()) > 1e-4
+
+
+def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path):
+    settings = ["training.checkpoint_every=2", "initial.embedding_noise=0.1", "training.learning_rate_schedule=linear"]
+    whole, whole_lines, _ = run("whole", *settings)
+
+    losses, calls = DiMO.losses, []
+
+    def interrupted(self, *arguments):
+        calls.append(None)
+        if len(calls) == 6:  # in step 5, after the checkpoint of step 4 and a line of metrics
+            raise KeyboardInterrupt
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(DiMO, "losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", *settings)
+    monkeypatch.undo()
+    parts, parts_lines, _ = run("parts", *settings, "training.resume=true")
+
+    assert furthest(whole, parts) == 0
+    assert whole_lines == parts_lines
+    for name in ("model.safetensors", "model_1.safetensors"):  # student and auxiliary
+        whole_file, parts_file = (
+            tmp_path / run_name / "checkpoints" / "step-000006" / name for run_name in ("whole", "parts")
+        )
+        assert whole_file.read_bytes() == parts_file.read_bytes()
+
+
+def test_the_teacher_is_in_no_checkpoint(run, tmp_path):
+    run("run")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").glob("model*")}
+    assert names == {"model.safetensors", "model_1.safetensors"}
+
+
+def test_nothing_is_overwritten_and_nothing_is_resumed_from_nowhere(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        run("run", "training.resume=true")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_a_missing_teacher(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="MaskedDiffusionPipeline"):
+        run("run", f"teacher={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide(run):
+    with pytest.raises(ValueError, match="does not divide"):
+        run("run", "training.gradient_accumulation_steps=3")
+
+
+def test_the_monitor_sees_the_averaged_student(run):
+    seen = {}
+
+    def monitor(pipeline, step):
+        seen[step] = {key: value.clone() for key, value in pipeline.denoiser.state_dict().items()}
+        return {"fd": 1.0}
+
+    weights, lines, _ = run("run", "training.evaluate_every=4", monitor=monitor)
+    assert list(seen) == [4, 6]
+    assert furthest(seen[6], weights) == 0
+    assert {"step": 4, "fd": 1.0} in lines
+
+
+def test_a_signal_stops_at_the_end_of_the_step(run, monkeypatch, tmp_path):
+    losses, calls = DiMO.losses, []
+
+    def signalled(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            trainer_module.signal.raise_signal(trainer_module.signal.SIGTERM)
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(DiMO, "losses", signalled)
+    _, _, step = run("run")
+    assert step == 3
+
+
+def test_averaged_weights_warm_up():
+    """min(decay, (1 + n) / (10 + n)), after a first step that takes the weights as they are."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    ema = EMAModel([parameter], decay=0.3, foreach=True)
+    ema.step([parameter])
+    expected = 0.0
+    for n in range(1, 6):
+        with torch.no_grad():
+            parameter += 1
+        ema.step([parameter])
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+        assert ema.shadow_params[0].item() == pytest.approx(expected)
+
+
+def test_every_epoch_shows_each_row_once():
+    batches = TokenBatches(
+        torch.arange(10)[:, None], torch.arange(10), TrainingConfig(batch_size=4), torch.device("cpu")
+    )
+    rows = torch.cat([batches(step, range(4), [])[0].flatten() for step in range(5)])
+    assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))
+    assert rows[:10].tolist() != rows[10:].tolist()
+    _, condition = batches(2, range(1, 3), [])
+    assert condition.class_labels.tolist() == rows[9:11].tolist()
+
+
+def test_a_teacher_job_ends_with_a_pipeline(tmp_path):
+    overrides = [
+        f"output={tmp_path / 'run'}",
+        "tokenizer.codebook_size=16",
+        "network={hidden_size: 16, num_layers: 1, num_attention_heads: 2, mlp_size: 32}",
+        "sampler.order=random",
+        "training={num_steps: 30, batch_size: 32, learning_rate: 0.003, warmup_steps: 5, log_every: 1, tracker: none}",
+    ]
+    train_teacher(load_config(TeacherJob, overrides=overrides))
+    pipeline = MaskedDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.sampler.config.order == "random"
+    assert len(pipeline([0, 9]).images) == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"] - 0.1
+
+
+def test_a_teacher_needs_labels(tmp_path):
+    (tmp_path / "images").mkdir()
+    PIL.Image.new("L", (4, 4)).save(tmp_path / "images" / "0.png")
+    overrides = [f"output={tmp_path / 'run'}", f"data.name={tmp_path / 'images'}", "data.label_column=''"]
+    with pytest.raises(ValueError, match="label_column"):
+        train_teacher(load_config(TeacherJob, overrides=overrides))

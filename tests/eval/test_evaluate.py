@@ -1,0 +1,145 @@
+import json
+
+import pytest
+import torch
+
+from eval import inception
+from eval.classifier import ClassifierFeatures
+from eval.evaluate import Reference, generate
+from eval.monitor import SampleMonitor
+from eval.speed import measure_speed
+from eval.tuning import REPORT_SEED, TUNING_SEED, Grid, tune_and_measure
+from students import OneStepPipeline, TokenInitialiser
+from teachers.data import DataConfig, load_data
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    train, test = load_data(DataConfig()), load_data(DataConfig(split="test"))
+    return ClassifierFeatures.cached(folder, DataConfig(), train, test), folder
+
+
+def test_the_classifier_knows_digits_and_is_kept(features):
+    trained, folder = features
+    assert trained.test_accuracy > 0.97
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    again = ClassifierFeatures.cached(folder, DataConfig(split="test"), None, None)
+    assert weights.stat().st_mtime_ns == written
+    images = load_data(DataConfig(split="test")).images()
+    assert torch.equal(again(images), trained(images))
+
+
+def test_real_images_measure_well_and_noise_does_not(features):
+    data = load_data(DataConfig(split="all"))
+    reference = Reference(features[0], data.images())
+    real = reference.measure(data.images(), data.labels)
+    noise = reference.measure(torch.rand(1797, 1, 8, 8), data.labels)
+    assert real["fd"] < 1e-6
+    assert real["class_consistency"] > 0.97
+    assert real["precision"] == real["recall"] == real["coverage"] == 1
+    assert noise["fd"] > 10 * reference.split_half_distance()
+    assert noise["class_consistency"] < 0.3
+    assert noise["kd"] > 10 * abs(real["kd"])
+
+
+def test_generated_images_do_not_depend_on_the_batch_size(teacher):
+    images, labels, nfe = generate(teacher, 23, batch_size=23)
+    parts, _, _ = generate(teacher, 23, batch_size=5)
+    other, _, _ = generate(teacher, 23, seed=1)
+    assert torch.equal(images, parts)
+    assert not torch.equal(images, other)
+    assert labels.tolist() == [place % 10 for place in range(23)]
+    assert nfe == 4
+
+
+class Fake:
+    """Features of which temperature 0.5 is nearest to the real ones."""
+
+    name = "fake"
+    distance_names = ("fd", "kd")
+
+    def __call__(self, images):
+        return images
+
+    def predict(self, features):
+        return None
+
+
+def test_tuning_reports_on_another_draw(monkeypatch):
+    seeds = []
+
+    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+        seeds.append((temperature, seed, num_images))
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(num_images, 2, generator=generator) + abs(temperature - 0.5), None, 1
+
+    monkeypatch.setattr("eval.tuning.generate", fake_generate)
+    grid = Grid((1.0, 0.5, 0.2), (1.0,), (1,), num_tuning_images=500, num_report_images=800)
+    reference = Reference(Fake(), torch.randn(1000, 2, generator=torch.Generator().manual_seed(9)))
+    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake")
+    assert row["settings"] == {"temperature": 0.5}
+    assert seeds == [(t, TUNING_SEED, 500) for t in (1.0, 0.5, 0.2)] + [(0.5, REPORT_SEED, 800)]
+    assert [tried["temperature"] for tried in row["tuning"]] == [1.0, 0.5, 0.2]
+    assert "class_consistency" not in row
+
+
+def test_the_monitor_writes_samples(teacher, tmp_path):
+    measures = SampleMonitor(tmp_path / "run", DataConfig(name=""))(teacher, 7)
+    assert measures == {}
+    assert (tmp_path / "run" / "samples" / "step-000007.png").stat().st_size > 0
+
+
+def test_speed_rows(teacher):
+    student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher))
+    candidates = {"student": (student, {}), "teacher": (teacher, {"num_inference_steps": 3, "guidance_scale": 2.0})}
+    rows = measure_speed(candidates, batch_sizes=[1, 4], num_repeats=2)
+    assert [(row["name"], row["batch_size"], row["nfe"]) for row in rows] == [
+        ("student", 1, 1),
+        ("teacher", 1, 6),
+        ("student", 4, 1),
+        ("teacher", 4, 6),
+    ]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds_median"])
+        assert 0 < row["seconds_median"] <= row["seconds_p95"]
+    json.dumps(rows)
+
+
+class StubNetwork(torch.nn.Module):
+    """Stands in for the Inception network's layers: the mean of each channel, 2048 of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Mean()
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)).repeat(1, 683)[:, :2048]
+
+
+def test_inception_features_follow_clean_fid(tmp_path):
+    """Grey images in [0, 1] become uint8, three channels, 299 x 299, and then [-1, 1]."""
+    torch.jit.script(StubNetwork()).save(str(tmp_path / inception.WEIGHTS))
+    extractor = inception.InceptionFeatures(tmp_path)
+    features = extractor(torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 1, 8, 8))
+    assert features.shape == (3, 2048)
+    torch.testing.assert_close(features[:, 0], (torch.tensor([0.0, 128.0, 255.0]) - 128) / 128)
+    assert len(extractor.name.split()[-1].rstrip(")")) == 64
+
+
+def test_missing_inception_weights_are_one_clear_message(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=inception.WEIGHTS):
+        inception.find_weights(tmp_path / "nowhere.pt")
+
+    def offline(folder):
+        (tmp_path / inception.WEIGHTS).write_bytes(b"a part")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(inception, "CACHE", tmp_path)
+    monkeypatch.setattr(inception, "check_download_inception", offline)
+    with pytest.raises(FileNotFoundError, match="--inception-path"):
+        inception.find_weights(None)
+    assert not (tmp_path / inception.WEIGHTS).exists()

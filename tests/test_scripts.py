@@ -1,0 +1,93 @@
+"""The entry points, called as commands would call them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from students import OneStepPipeline
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs a script in tmp_path; returns its exit status, the last line of stdout, and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = capsys.readouterr()
+        return status, (captured.out.splitlines() or [""])[-1], captured.err
+
+    return command
+
+
+@pytest.fixture
+def run(teacher, command):
+    """A finished run in ./run, distilled from ./teacher."""
+    teacher.save_pretrained("teacher")
+    settings = ["teacher=teacher", "output=run", "monitor.name="]
+    settings += ["training={num_steps: 2, batch_size: 8, tracker: none}"]
+    status, _, errors = command("train_student.py", *settings)
+    assert status == 0, errors
+
+
+@pytest.mark.usefixtures("run")
+def test_from_run_to_samples_measurements_and_timings(command):
+    assert command("export.py", "run", "--output", "one", "--temperature", "0.7")[0] == 0
+    assert OneStepPipeline.from_pretrained("one").config.temperature == 0.7
+    assert command("export.py", "run", "--output", "one")[0] == 2  # never over something
+
+    assert command("sample.py", "one", "--output", "grid.png", "--class-labels", 3, 7, "--num-rows", 2)[0] == 0
+    assert PIL.Image.open("grid.png").size == (2 * 34, 2 * 34)
+
+    status, last, errors = command("evaluate.py", "one", "--num-images", 200, "--classifier", "classifier")
+    assert status == 0, errors
+    result = json.loads(last)
+    assert {"fd", "kd", "precision", "recall", "class_consistency"} <= result.keys()
+    assert result["protocol"]["num_images"] == 200
+    assert result["nfe"] == 1
+
+    arguments = ["--teacher", "teacher", "--student", "one", "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1]
+    status, last, _ = command("benchmark.py", *arguments)
+    assert status == 0
+    assert len(json.loads(last)["rows"]) == 6
+
+
+@pytest.mark.usefixtures("run")
+def test_mistakes_are_one_line(command):
+    for script, arguments, message in [
+        ("sample.py", ["nowhere", "--output", "x.png"], "no pipeline in nowhere"),
+        ("sample.py", ["teacher", "--output", "x.png", "--class-labels", 12], "class label 12 is out of range"),
+        ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
+        ("evaluate.py", ["teacher", "nam=digits"], "did you mean name?"),
+        ("evaluate.py", ["teacher", "--features", "inception", "--inception-path", "no"], "no Inception weights"),
+        ("train_student.py", ["teacher=teacher", "output=run"], "output folder run is not empty"),
+        ("train_student.py", ["teacher=nowhere", "output=other"], "no MaskedDiffusionPipeline at nowhere"),
+        ("train_teacher.py", ["data.split=validation", "output=other"], "no split 'validation'"),
+    ]:
+        status, _, errors = command(script, *arguments)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert (status, len(lines)) == (2, 1), (script, errors)
+        assert message in lines[0]
+    assert not Path("x").exists()
+    assert not Path("other").exists()
+
+
+@pytest.mark.usefixtures("run")
+def test_a_truncated_checkpoint_is_not_exported(command):
+    (weights,) = Path("run").glob("checkpoints/*/averaged/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    status, _, errors = command("export.py", "run", "--output", "one")
+    assert status == 2
+    assert "no whole checkpoint" in errors
+    assert not Path("one").exists()
