@@ -7,13 +7,14 @@ from pathlib import Path
 
 from distill.command import run
 from distill.config import parse_arguments
+from distill.launch import run_processes
 from distill.student_job import StudentJob, train_student
 from eval.monitor import SampleMonitor
 
 
 def main() -> None:
     job = parse_arguments(StudentJob, "Distil a teacher into a one-step student with Di[M]O.")
-    run(lambda: train_student(job, SampleMonitor(Path(job.output), job.monitor)))
+    run_processes(lambda: run(lambda: train_student(job, SampleMonitor(Path(job.output), job.monitor))))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from distill.command import run
 from distill.config import parse_arguments
+from distill.launch import run_processes
 from distill.teacher_job import TeacherJob, train_teacher
 from eval.monitor import SampleMonitor
 
 
 def main() -> None:
     job = parse_arguments(TeacherJob, "Train a masked diffusion teacher.")
-    run(lambda: train_teacher(job, SampleMonitor(Path(job.output), job.data)))
+    run_processes(lambda: run(lambda: train_teacher(job, SampleMonitor(Path(job.output), job.data))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The processes of `accelerate launch --cpu --num_processes N`.
+
+Accelerate leaves the start of several CPU processes to MPI; without it (as of 1.15) that command silently runs one. So
+the script that finds itself alone starts them, which needs neither MPI nor another launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import psutil
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+
+def run_processes(function: Callable[[], object]) -> None:
+    """Call the function in as many CPU processes as the launcher was asked for, or here if this process is one of them.
+
+    Where a process fails the others are ended, and this one exits with its status.
+    """
+    num_processes = _requested_cpu_processes()
+    if num_processes == 1:
+        function()
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked, so that nothing is imported twice; torch has not computed anything yet, so that it has no threads to lose.
+    group = start_processes(_process, (function, num_processes, port), num_processes, join=False, start_method="fork")
+    assert group is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; they decide when to leave
+    signal.signal(signal.SIGTERM, lambda number, frame: [process.terminate() for process in group.processes])
+    try:
+        while not group.join():
+            pass
+    except ProcessExitedException as failure:
+        sys.exit(failure.exit_code)
+
+
+def _process(rank: int, function: Callable[[], object], num_processes: int, port: int) -> None:
+    environment: dict[str, object] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_processes,
+        "LOCAL_WORLD_SIZE": num_processes,
+    }
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    function()
+
+
+def _requested_cpu_processes() -> int:
+    """What the launcher's command line asks for, where it started this process alone; else 1."""
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        return 1
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    parser.add_argument("--num_machines", "--num-machines", type=int, default=1)
+    parent = psutil.Process().parent()
+    arguments, _ = parser.parse_known_args(parent.cmdline() if parent else [])
+    return arguments.num_processes if arguments.num_machines == 1 else 1
