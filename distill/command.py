@@ -5,11 +5,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from diffusers.utils import logging as diffusers_logging
+
 
 def run(command: Callable[[], object]) -> None:
     """Call the command; one process of several speaks for all."""
     speaks = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(levelname)s: %(message)s")
+    diffusers_logging.disable_progress_bar()  # a bar for opening three small files is noise
     try:
         command()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
