@@ -11,6 +11,7 @@ import matplotlib
 import PIL.Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
 
@@ -58,9 +59,10 @@ def quality_plot(summary: dict[str, Any]) -> PIL.Image.Image:
         axes.axhline(summary["real_vs_real_fd"], color=INK, linewidth=0.8, linestyle=":", label="real against real")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
         axes.set_xlabel("network evaluations per image")
         axes.set_ylabel("FD (lower is better)")
         axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,10 @@ TUNING_SEED, REPORT_SEED = 0, 1
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings to try, and how many images to judge them by."""
+    """Settings to try, and how many images to judge them by.
+
+    Step counts past the number of tokens are left out: the sampler reveals a token at each step, so they change nothing.
+    """
 
     temperatures: tuple[float, ...]
     guidance_scales: tuple[float, ...]

@@ -31,16 +31,16 @@ from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
 
 QUICK = Grid(
-    temperatures=(1.0, 0.8, 0.6),
-    guidance_scales=(1.0, 1.25, 1.5),
+    temperatures=(1.0, 0.8, 0.6, 0.4),
+    guidance_scales=(1.0, 1.25),
     num_steps=(1, 2, 4, 8, 16),
-    num_tuning_images=500,
+    num_tuning_images=1000,
     num_report_images=2000,
 )
 THOROUGH = Grid(
-    temperatures=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
-    guidance_scales=(1.0, 1.25, 1.5, 2.0),
-    num_steps=(1, 2, 4, 8, 16, 32),
+    temperatures=(1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+    guidance_scales=(1.0, 1.25, 1.5),
+    num_steps=(1, 2, 4, 8, 16),
     num_tuning_images=5000,
     num_report_images=5000,
 )
