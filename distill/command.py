@@ -19,3 +19,5 @@ def run(command: Callable[[], object]) -> None:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

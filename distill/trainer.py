@@ -213,6 +213,8 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         with progress, self._stop_on_signals():
+            if self.step == 0 and config.evaluate_every:
+                self._evaluate()  # the start to compare with; and what cannot be measured should fail now
             while self.step < config.num_steps:
                 metrics: dict[str, torch.Tensor] = {}
                 for number, update in enumerate(self.method.updates):
@@ -226,11 +228,11 @@ class Trainer:
                 if last or self.step % config.log_every == 0:
                     progress.set_postfix(self._log(metrics), refresh=False)
                 progress.update()
-                if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
-                    self._evaluate()
                 stop = self._stop_is_requested()
                 if last or stop or self.step % config.checkpoint_every == 0:
                     self._save()
+                if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
+                    self._evaluate()
                 if stop and not last:
                     logger.warning("stopped after step %d; go on with training.resume=true", self.step)
                     break

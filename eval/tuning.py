@@ -16,7 +16,7 @@ TUNING_SEED, REPORT_SEED = 0, 1
 class Grid:
     """Settings to try, and how many images to judge them by.
 
-    Step counts past the number of tokens are left out: the sampler reveals a token at each step, so they change nothing.
+    Step counts past the number of tokens are left out: each step reveals a token at least, so they change nothing.
     """
 
     temperatures: tuple[float, ...]

@@ -8,6 +8,7 @@ Finished stages are kept: run it again to go on after an interruption. The last 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -95,14 +96,21 @@ class Quickstart:
 
     def train_teacher(self) -> None:
         self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher")
+        if not self.teacher_folder.exists():
+            raise ValueError("the teacher's training was interrupted; run the same command again to go on")
 
     def train_student(self) -> None:
         self.launch("train_student.py", "student.yaml", self.student_run, f"teacher={self.teacher_folder}")
+        _, job, step = load_student(self.student_run)
+        if step < job.training.num_steps:
+            raise ValueError("the distillation was interrupted; run the same command again to go on")
         (self.student_run / "finished").touch()
 
     def launch(self, script: str, config: str, output: Path, *overrides: str) -> None:
         """`accelerate launch`: on the GPU if there is one, else on two CPU processes with a core each."""
-        resume = (output / "checkpoints").exists()
+        resume = any((output / "checkpoints").glob("step-*"))
+        if not resume:
+            shutil.rmtree(output, ignore_errors=True)  # what ended before its first checkpoint starts anew
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         environment = dict(os.environ)
@@ -148,7 +156,8 @@ class Quickstart:
     def time(self, measurements: Path, path: Path) -> None:
         measured = json.loads(measurements.read_text())
         teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
-        candidates = {"student": (student, {})}
+        untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
+        candidates = {"student": (student, {}), "untrained student": (untrained, {})}
         for row in measured["teacher"]:
             candidates[f"teacher, {row['steps']} steps"] = (teacher, row["settings"])
         rows = []
@@ -163,8 +172,8 @@ class Quickstart:
         throughput = {row["name"]: row["images_per_second"] for row in decoded}
         for row in summary["teacher"]:
             row["images_per_second"] = throughput[f"teacher, {row['steps']} steps"]
-        for name in ("student", "untrained_student"):
-            summary[name]["images_per_second"] = throughput["student"]
+        summary["student"]["images_per_second"] = throughput["student"]
+        summary["untrained_student"]["images_per_second"] = throughput["untrained student"]
         for row in [*summary["teacher"], summary["student"], summary["untrained_student"]]:
             del row["tuning"]
         best = min(summary["teacher"], key=lambda row: row["fd"])

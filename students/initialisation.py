@@ -38,9 +38,9 @@ def perturb_embeddings(
 def teacher_marginals(teacher: TokenPipeline) -> torch.Tensor:
     """The teacher's token probabilities (num_classes, L, V) on a fully masked input, for each class."""
     marginals = []
-    for label in range(teacher.num_classes):
-        masks = torch.full((1, teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
-        marginals.append(teacher.denoiser(masks, teacher.encode_condition([label])).float().softmax(-1))
+    for labels in torch.arange(teacher.num_classes).split(64):
+        masks = torch.full((len(labels), teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
+        marginals.append(teacher.denoiser(masks, teacher.encode_condition(labels)).float().softmax(-1))
     return torch.cat(marginals)
 
 

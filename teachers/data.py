@@ -68,6 +68,18 @@ class ImageData(torch.utils.data.Dataset):
         for images, _ in progress_bar(loader, desc=description, disable=description is None, unit="batch"):
             yield images
 
+    def hold_out(self, share: float) -> tuple[ImageData, ImageData]:
+        """The images without a random share of them, and that share; always the same one."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
+        num_held_out = round(share * len(self))
+        return self._rows(order[num_held_out:]), self._rows(order[:num_held_out])
+
+    def _rows(self, index: list[int]) -> ImageData:
+        texts = None if self.texts is None else [self.texts[i] for i in index]
+        return ImageData(
+            torch.utils.data.Subset(self.rows, index), self.labels[index], self.class_names, texts, self._to_tensor
+        )
+
     def images(self, description: str | None = None) -> torch.Tensor:
         """All images at once, (N, C, H, W)."""
         return torch.cat(list(self.batches(description=description)))

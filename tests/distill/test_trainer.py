@@ -5,6 +5,7 @@ import json
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 
 from distill import trainer as trainer_module
@@ -36,6 +37,7 @@ def run(teacher, tmp_path):
                 *overrides,
             ],
         )
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would have its own
         train_student(job, monitor)
         pipeline, _, step = load_student(tmp_path / name)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -65,6 +67,14 @@ def test_accumulation_gives_the_same_run(run):
     assert furthest(whole, parts) < 1e-4
     for one, other in zip(whole_lines, parts_lines, strict=True):
         assert one["student_grad_norm"] == pytest.approx(other["student_grad_norm"], rel=1e-2, abs=1e-5)
+
+
+def test_half_precision_stays_near_full_precision(run):
+    _, full, _ = run("full")
+    weights, half, _ = run("half", "training.mixed_precision=bf16")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    assert half[0]["token_entropy"] != full[0]["token_entropy"]
+    assert half[0]["token_entropy"] == pytest.approx(full[0]["token_entropy"], rel=0.02)
 
 
 def test_the_student_learns_and_the_frozen_embeddings_stay(run, teacher):
@@ -174,7 +184,7 @@ def test_the_monitor_sees_the_averaged_student(run):
         return {"fd": 1.0}
 
     weights, lines, _ = run("run", "training.evaluate_every=4", monitor=monitor)
-    assert list(seen) == [4, 6]
+    assert list(seen) == [0, 4, 6]
     assert furthest(seen[6], weights) == 0
     assert {"step": 4, "fd": 1.0} in lines
 

@@ -1,12 +1,13 @@
 import json
 
+import PIL.Image
 import pytest
 import torch
 
 from eval import inception
 from eval.classifier import ClassifierFeatures
 from eval.evaluate import Reference, generate
-from eval.monitor import SampleMonitor
+from eval.monitor import SampleMonitor, reference_for
 from eval.speed import measure_speed
 from eval.tuning import REPORT_SEED, TUNING_SEED, Grid, tune_and_measure
 from students import OneStepPipeline, TokenInitialiser
@@ -143,3 +144,14 @@ def test_missing_inception_weights_are_one_clear_message(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="--inception-path"):
         inception.find_weights(None)
     assert not (tmp_path / inception.WEIGHTS).exists()
+
+
+def test_own_data_needs_no_test_split(tmp_path):
+    """A folder of images alone: a tenth of them is held out for the classifier's accuracy."""
+    for name, shade in [("dark", 30), ("light", 220)]:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            PIL.Image.new("L", (8, 8), shade + i).save(tmp_path / "images" / name / f"{i}.png")
+    reference = reference_for(DataConfig(name=str(tmp_path / "images")), tmp_path / "classifier")
+    assert len(reference.real_features) == 40
+    assert reference.features.test_accuracy == 1

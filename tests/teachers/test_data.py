@@ -72,6 +72,19 @@ def test_an_image_folder(tmp_path):
     torch.testing.assert_close(shades, torch.where(data.labels == 0, 30 / 255, 220 / 255))
 
 
+def test_holding_out(colours, tmp_path):
+    colours.to_parquet(tmp_path / "train.parquet")
+    data = load_data(DataConfig(name=str(tmp_path), image_size=4, num_channels=3, **COLUMNS))
+    kept, held_out = data.hold_out(1 / 3)
+    assert (len(kept), len(held_out)) == (4, 2)
+    assert sorted(kept.texts + held_out.texts) == data.texts
+    for part in (kept, held_out):
+        for (image, label), text in zip(part, part.texts, strict=True):
+            expected, expected_label = data[int(text.removeprefix("number "))]
+            assert torch.equal(image, expected)
+            assert label == expected_label
+
+
 def test_the_centre_square_is_kept():
     pixels = np.zeros((4, 8), dtype=np.uint8)
     pixels[:, 2:6] = 255
