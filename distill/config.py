@@ -31,7 +31,7 @@ def parse_arguments(config_class: type[Config], description: str, argv: list[str
     """The configuration that a command line asks for; `--dry-run` prints it and exits, bad input exits with a line."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="settings (in the YAML file, or as key=value):\n" + describe(config_class),
+        epilog="settings (in the YAML file, or as key=value):\n" + describe(config_class()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help="a YAML file with settings")
@@ -105,14 +105,13 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def describe(config_class: type, prefix: str = "") -> str:
-    """A line for each setting: name, default, help."""
+def describe(config: Any, prefix: str = "") -> str:
+    """A line for each setting of a configuration: name, value, help."""
     lines = []
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(types[field.name]):
-            lines.append(describe(typing.cast(type, types[field.name]), f"{prefix}{field.name}."))
-            continue
-        default = "(required)" if field.default is dataclasses.MISSING else str(field.default) or '""'
-        lines.append(f"  {prefix + field.name:<34} {default:<14} {field.metadata.get('help', '')}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            lines.append(describe(value, f"{prefix}{field.name}."))
+        else:
+            lines.append(f"  {prefix + field.name:<38} {value!s:<24} {field.metadata.get('help', '')}")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ class StudentJob:
     freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
-    training: TrainingConfig = section(TrainingConfig, "the loop")
+    training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
 
     def __post_init__(self) -> None:

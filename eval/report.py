@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import PIL.Image
+import PIL.ImageDraw
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -70,6 +71,20 @@ def quality_plot(summary: dict[str, Any]) -> PIL.Image.Image:
         buffer = io.BytesIO()
         figure.savefig(buffer)
     return PIL.Image.open(buffer)
+
+
+def side_by_side(pictures: dict[str, PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures in a row, each under its title."""
+    gap, line = 24, 24
+    width = sum(picture.width + gap for picture in pictures.values()) - gap
+    height = line + max(picture.height for picture in pictures.values())
+    row = PIL.Image.new("RGB", (width, height), "white")
+    draw, left = PIL.ImageDraw.Draw(row), 0
+    for title, picture in pictures.items():
+        draw.text((left, 4), title, fill=INK, font_size=14)
+        row.paste(picture, (left, line))
+        left += picture.width + gap
+    return row
 
 
 def _data_uri(image: PIL.Image.Image) -> str:

@@ -22,7 +22,7 @@ from distill.config import to_yaml
 from distill.student_job import load_job, load_student
 from eval.evaluate import Reference, generate
 from eval.monitor import reference_for
-from eval.report import write_report
+from eval.report import quality_plot, side_by_side, write_report
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid, tune_and_measure
 from students.export import image_grid
@@ -183,11 +183,14 @@ class Quickstart:
         summary["wall_seconds"] = seconds | {"total": sum(seconds.values())}
         summary["protocol"] = self.protocol() | {"Features": reference.features.name}
 
+        samples = self.samples(best)
+        side_by_side(samples).save(self.output / "samples.png")
+        quality_plot(summary).save(self.output / "quality.png")
         write_report(
             self.output / "report.html",
             summary=summary,
             speed=rows,
-            samples=self.samples(best),
+            samples=samples,
             settings={
                 "Teacher": (self.output / "teacher" / "config.yaml").read_text(),
                 "Student": to_yaml(load_job(self.student_run)),
