@@ -12,6 +12,7 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,6 +108,8 @@ class Method(Protocol):
 
 def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     """The Accelerator of a run whose trackers write into `output`."""
+    if config.tracker == "wandb" and find_spec("wandb") is None:
+        raise ValueError("training.tracker=wandb needs the package: pip install 'one-step-mdm[wandb]', or wandb")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,

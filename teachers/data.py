@@ -23,7 +23,7 @@ class DataConfig:
 
     name: str = field(
         default="digits",
-        metadata={"help": "digits, a hub dataset's id, a .parquet file, or a folder of parquet files or of images"},
+        metadata={"help": "digits, a hub dataset's id, a .parquet file, a folder (saved dataset, parquet, images)"},
     )
     split: str = field(default="train", metadata={"help": "train or test, or any split that the dataset has"})
     image_column: str = field(default="image", metadata={"help": "column with the images"})
@@ -122,6 +122,13 @@ def _open_dataset(config: DataConfig) -> datasets.Dataset:
         raise FileNotFoundError(f"there is no parquet file {config.name}")
     if path.is_file():
         return datasets.load_dataset("parquet", data_files={config.split: str(path)}, split=config.split)
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(path)
+        if config.split not in splits:
+            raise ValueError(f"{config.name} has no split {config.split!r}; it has {', '.join(splits)}")
+        return splits[config.split]
     if path.is_dir():
         files = sorted(map(str, path.glob(f"{config.split}*.parquet")))
         if files:

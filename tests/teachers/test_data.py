@@ -44,6 +44,15 @@ def test_parquet_with_other_column_names(colours, tmp_path):
         torch.testing.assert_close(image, torch.tensor([200, 55, 7]).view(3, 1, 1).expand(3, 4, 4) / 255)
 
 
+def test_saved_datasets(colours, tmp_path):
+    colours.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=colours, test=colours.select(range(2))).save_to_disk(tmp_path / "splits")
+    assert len(load_data(DataConfig(name=str(tmp_path / "one"), num_channels=3, **COLUMNS))) == 6
+    assert len(load_data(DataConfig(name=str(tmp_path / "splits"), split="test", num_channels=3, **COLUMNS))) == 2
+    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+        load_data(DataConfig(name=str(tmp_path / "splits"), split="validation", **COLUMNS))
+
+
 def test_a_missing_column_is_named_with_those_there_are(colours, tmp_path):
     path = tmp_path / "train.parquet"
     colours.to_parquet(path)
@@ -59,6 +68,15 @@ def test_a_missing_split_file_and_place(colours, tmp_path):
         load_data(DataConfig(name=str(tmp_path), split="validation"))
     with pytest.raises(ValueError, match="no split 'validation'"):
         load_data(DataConfig(split="validation"))
+
+
+def test_a_dataset_that_is_nowhere(monkeypatch):
+    def offline(name, split):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(FileNotFoundError, match=r"data\.name='no/where'"):
+        load_data(DataConfig(name="no/where"))
 
 
 def test_an_image_folder(tmp_path):
