@@ -39,7 +39,7 @@ QUICK = Grid(
     num_report_images=2000,
 )
 THOROUGH = Grid(
-    temperatures=(1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+    temperatures=(1.0, 0.8, 0.6, 0.5, 0.4),
     guidance_scales=(1.0, 1.25, 1.5),
     num_steps=(1, 2, 4, 8, 16),
     num_tuning_images=5000,
