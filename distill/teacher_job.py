@@ -98,18 +98,14 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     if data.num_classes == 0:
         raise ValueError("the teacher is class-conditional; name the column with the labels (data.label_column)")
     accelerator = make_accelerator(job.training, output)
+    images = data.images()
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             claim_output(output, job.training.resume)
             (output / "config.yaml").write_text(to_yaml(job))
-
-    images = data.images()
-    tokenizer = PatchTokenizer.fit(
-        images,
-        patch_size=job.tokenizer.patch_size,
-        codebook_size=job.tokenizer.codebook_size,
-        seed=job.training.seed,
-    )
+            if not (output / "tokenizer").exists():  # k-means may not repeat itself to the bit
+                fit_tokenizer(job, images).save_pretrained(output / "tokenizer")
+    tokenizer = PatchTokenizer.from_pretrained(output / "tokenizer")
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = MaskGITTransformer(
         tokenizer.codebook_size, data.num_classes, tokenizer.token_grid, **asdict(job.network)
@@ -138,6 +134,12 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         names = json.dumps(data.class_names, ensure_ascii=False)
         (output / "pipeline" / "class_names.json").write_text(names)
     return finished
+
+
+def fit_tokenizer(job: TeacherJob, images: torch.Tensor) -> PatchTokenizer:
+    """The tokenizer that the job describes, fitted to images (N, C, H, W)."""
+    settings = asdict(job.tokenizer)
+    return PatchTokenizer.fit(images, seed=job.training.seed, **settings)
 
 
 class TokenBatches:

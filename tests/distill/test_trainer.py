@@ -14,7 +14,7 @@ from distill.dimo import DiMO
 from distill.student_job import StudentJob, load_student, train_student
 from distill.teacher_job import TeacherJob, TokenBatches, train_teacher
 from distill.trainer import TrainingConfig
-from teachers import MaskedDiffusionPipeline
+from teachers import MaskedDiffusionPipeline, PatchTokenizer
 
 
 @pytest.fixture
@@ -241,6 +241,9 @@ def test_a_teacher_job_ends_with_a_pipeline(tmp_path):
     pipeline = MaskedDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.sampler.config.order == "random"
     assert len(pipeline([0, 9]).images) == 2
+    folders = [tmp_path / "run" / "tokenizer", tmp_path / "run" / "pipeline" / "tokenizer"]
+    used, kept = map(PatchTokenizer.from_pretrained, folders)
+    assert torch.equal(used.codebook, kept.codebook)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"] - 0.1
 

@@ -7,7 +7,7 @@ from teachers.tokenizer import PatchTokenizer
 def test_single_pixels_as_tokens_lose_nothing(digits):
     """The digits have 17 grey levels, so a codebook of 17 holds them all."""
     tokenizer = PatchTokenizer.fit(digits, patch_size=1, codebook_size=17)
-    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(digits)), digits)
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(digits)), digits, atol=1e-4, rtol=0)
 
 
 def test_patches_keep_their_place():
