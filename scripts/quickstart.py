@@ -30,6 +30,7 @@ from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
 from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.sampler import MaskGITSampler
 
 QUICK = Grid(
     temperatures=(1.0, 0.8, 0.6, 0.4),
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/digits"))
     parser.add_argument("--seed", type=int, default=0, help="of teacher and student training")
     parser.add_argument(
-        "--thorough", action="store_true", help="3,000 updates instead of 2,000; 5,000 images and a finer grid"
+        "--thorough",
+        action="store_true",
+        help="3,000 updates, 5,000 images, a finer grid, both orders",
     )
     run(lambda: Quickstart(parser.parse_args()).run())
 
@@ -63,9 +66,9 @@ class Quickstart:
     """The stages, each of which is skipped where its result is there."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.output, self.seed = arguments.output, arguments.seed
-        self.grid = THOROUGH if arguments.thorough else QUICK
-        self.student_overrides = ["training.num_steps=3000"] if arguments.thorough else []
+        self.output, self.seed, self.thorough = arguments.output, arguments.seed, arguments.thorough
+        self.grid = THOROUGH if self.thorough else QUICK
+        self.student_overrides = ["training.num_steps=3000"] if self.thorough else []
         self.teacher_folder = self.output / "teacher" / "pipeline"
         self.student_run = self.output / "student"
         self.student_folder = self.output / "one-step"
@@ -78,6 +81,9 @@ class Quickstart:
         reference = reference_for(DATA, self.output / "classifier")
         measurements = self.output / "measurements.json"
         self.stage("measurement", measurements, lambda: self.measure(reference, measurements))
+        confidence = self.output / "confidence_order.json"
+        if self.thorough:
+            self.stage("confidence order", confidence, lambda: self.measure_confidence_order(reference, confidence))
         self.stage("export", self.student_folder, lambda: self.export(measurements))
         speed = self.output / "speed.json"
         self.stage("speed", speed, lambda: self.time(measurements, speed))
@@ -133,17 +139,25 @@ class Quickstart:
         teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
         student, _, _ = load_student(self.student_run)
         untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
-        rows = []
-        for steps in self.grid.num_steps:
-            settings = self.grid.teacher_settings(steps)
-            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
-            rows.append({"steps": steps, **row})
-        measured = {"teacher": rows}
+        measured = {"teacher": self.measure_teacher(teacher, reference)}
         for name, pipeline in [("student", student), ("untrained_student", untrained)]:
             row = tune_and_measure(pipeline, self.grid.student_settings(), reference, self.grid, name)
             measured[name] = {"steps": 1, **row}
         measured["real_vs_real_fd"] = reference.split_half_distance()
         path.write_text(json.dumps(measured, indent=2))
+
+    def measure_teacher(self, teacher: MaskedDiffusionPipeline, reference: Reference) -> list[dict[str, Any]]:
+        rows = []
+        for steps in self.grid.num_steps:
+            settings = self.grid.teacher_settings(steps)
+            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
+            rows.append({"steps": steps, **row})
+        return rows
+
+    def measure_confidence_order(self, reference: Reference, path: Path) -> None:
+        teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
+        teacher.sampler = MaskGITSampler.from_config(teacher.sampler.config, order="confidence", choice_temperature=4.5)
+        path.write_text(json.dumps(self.measure_teacher(teacher, reference), indent=2))
 
     def export(self, measurements: Path) -> None:
         measured = json.loads(measurements.read_text())
@@ -180,6 +194,8 @@ class Quickstart:
         summary["untrained_student"]["images_per_second"] = throughput["untrained student"]
         for row in [*summary["teacher"], summary["student"], summary["untrained_student"]]:
             del row["tuning"]
+        if self.thorough:
+            summary["teacher_confidence_order"] = json.loads((self.output / "confidence_order.json").read_text())
         best = min(summary["teacher"], key=lambda row: row["fd"])
         summary["best_teacher"] = best
         summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
