@@ -192,10 +192,11 @@ class Quickstart:
             row["images_per_second"] = throughput[f"teacher, {row['steps']} steps"]
         summary["student"]["images_per_second"] = throughput["student"]
         summary["untrained_student"]["images_per_second"] = throughput["untrained student"]
-        for row in [*summary["teacher"], summary["student"], summary["untrained_student"]]:
+        confidence_order = json.loads((self.output / "confidence_order.json").read_text()) if self.thorough else []
+        for row in [*summary["teacher"], *confidence_order, summary["student"], summary["untrained_student"]]:
             del row["tuning"]
         if self.thorough:
-            summary["teacher_confidence_order"] = json.loads((self.output / "confidence_order.json").read_text())
+            summary["teacher_confidence_order"] = confidence_order
         best = min(summary["teacher"], key=lambda row: row["fd"])
         summary["best_teacher"] = best
         summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
