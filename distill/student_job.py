@@ -17,8 +17,7 @@ from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialise
 from students.pipeline import OneStepPipeline
 from teachers.condition import Condition
 from teachers.data import DataConfig
-from teachers.network import MaskGITTransformer
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
 from teachers.randomness import rand
 
 
@@ -90,7 +89,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     student = make_learner(teacher.denoiser, job.freeze_embeddings)
     auxiliary = make_learner(teacher.denoiser, job.freeze_embeddings)
 
-    def pipeline(network: MaskGITTransformer) -> OneStepPipeline:
+    def pipeline(network: Denoiser) -> OneStepPipeline:
         return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
 
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
@@ -112,7 +111,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     return trainer.train()
 
 
-def make_learner(teacher: MaskGITTransformer, freeze_embeddings: bool) -> MaskGITTransformer:
+def make_learner(teacher: Denoiser, freeze_embeddings: bool) -> Denoiser:
     """A copy of the teacher that learns, without dropout."""
     learner = copy.deepcopy(teacher).requires_grad_(True).eval()
     if freeze_embeddings:
@@ -127,7 +126,7 @@ def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
     checkpoint = newest_checkpoint(run / "checkpoints")
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
-    student = MaskGITTransformer.from_pretrained(checkpoint / "averaged").eval()
+    student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
     initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
     return OneStepPipeline(student, teacher.tokenizer, initialiser), job, step
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from students.pipeline import OneStepPipeline
+from teachers.folder import new_folder, stamp
 from teachers.randomness import sample_generators
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def export_student(
@@ -36,27 +32,17 @@ def export_student(
 
     Raises ValueError if the output folder is not empty, RuntimeError if what was read back differs.
     """
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
-    staging = output.with_name(f".{output.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    pipeline.save_pretrained(staging)
-    for component in ("denoiser", "initialiser"):
-        path = staging / component / WEIGHTS
-        save_file(load_file(path), path, metadata={"format": "pt", **metadata})
-
-    sample_grid(pipeline).save(staging / "samples.png")
-    template = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined).get_template(
-        "model_card.md.jinja"
-    )
+    environment = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined)
+    template = environment.get_template("model_card.md.jinja")
     card = template.render(name=output.name, metadata=metadata, measurements=measurements, protocol=protocol)
-    (staging / "README.md").write_text(card)
-    (staging / "measurements.json").write_text(json.dumps(measurements, indent=2))
-
-    _compare(pipeline, OneStepPipeline.from_pretrained(staging))
-    if output.exists():
-        output.rmdir()
-    os.replace(staging, output)
+    with new_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+        for component in ("denoiser", "initialiser"):
+            stamp(folder / component, metadata)
+        sample_grid(pipeline).save(folder / "samples.png")
+        (folder / "README.md").write_text(card)
+        (folder / "measurements.json").write_text(json.dumps(measurements, indent=2))
+        _compare(pipeline, OneStepPipeline.from_pretrained(folder))
 
 
 @torch.no_grad()

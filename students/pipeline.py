@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from students.initialisation import TokenInitialiser
-from teachers.network import MaskGITTransformer
-from teachers.pipeline import MaskedDiffusionOutput, TokenPipeline
+from teachers.pipeline import Denoiser, ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
 from teachers.randomness import Generators, sample_tokens
-from teachers.tokenizer import PatchTokenizer
 
 
 class OneStepPipeline(TokenPipeline):
@@ -23,8 +21,8 @@ class OneStepPipeline(TokenPipeline):
 
     def __init__(
         self,
-        denoiser: MaskGITTransformer,
-        tokenizer: PatchTokenizer,
+        denoiser: Denoiser,
+        tokenizer: ImageTokenizer,
         initialiser: TokenInitialiser,
         temperature: float = 1.0,
         top_k: int = 0,

@@ -13,10 +13,15 @@ from diffusers.utils import BaseOutput
 
 from teachers.condition import Condition
 from teachers.guidance import GuidedDenoiser, guide
+from teachers.halton_network import HaltonMaskGITTransformer
 from teachers.network import MaskGITTransformer
 from teachers.randomness import Generators
 from teachers.sampler import MaskGITSampler
 from teachers.tokenizer import PatchTokenizer
+from teachers.vq import VQTokenizer
+
+Denoiser = MaskGITTransformer | HaltonMaskGITTransformer
+ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
@@ -36,8 +41,8 @@ class MaskedDiffusionOutput(BaseOutput):
 class TokenPipeline(DiffusionPipeline):
     """What teacher and student share: a denoiser over the tokens of an image tokenizer."""
 
-    denoiser: MaskGITTransformer
-    tokenizer: PatchTokenizer
+    denoiser: Denoiser
+    tokenizer: ImageTokenizer
 
     @property
     def mask_token_id(self) -> int:
@@ -101,7 +106,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
 
     sampler: MaskGITSampler
 
-    def __init__(self, denoiser: MaskGITTransformer, tokenizer: PatchTokenizer, sampler: MaskGITSampler):
+    def __init__(self, denoiser: Denoiser, tokenizer: ImageTokenizer, sampler: MaskGITSampler):
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, sampler=sampler)
 

@@ -1,3 +1,5 @@
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer
 from teachers.data import DataConfig, load_data
 
 SHARED = Path(__file__).parents[2] / "shared"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def pytest_configure(config):
@@ -40,3 +43,21 @@ def tiny_teacher(digits: torch.Tensor) -> MaskedDiffusionPipeline:
 @pytest.fixture
 def teacher(digits) -> MaskedDiffusionPipeline:
     return tiny_teacher(digits)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs a script in tmp_path; returns its exit status, the last line of stdout, and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code
+        captured = capsys.readouterr()
+        return status, (captured.out.splitlines() or [""])[-1], captured.err
+
+    return command

@@ -1,34 +1,12 @@
 """The entry points, called as commands would call them."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
 from students import OneStepPipeline
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """Runs a script in tmp_path; returns its exit status, the last line of stdout, and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-        except SystemExit as stopped:
-            status = stopped.code
-        captured = capsys.readouterr()
-        return status, (captured.out.splitlines() or [""])[-1], captured.err
-
-    return command
 
 
 @pytest.fixture

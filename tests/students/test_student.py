@@ -6,6 +6,7 @@ from safetensors import safe_open
 
 from students import OneStepPipeline, TokenInitialiser, export
 from students.loading import load_pipeline
+from teachers import folder
 from teachers.randomness import sample_generators
 
 
@@ -53,7 +54,7 @@ def test_the_exported_student_is_the_student(student, tmp_path):
 
 def test_the_export_says_where_it_comes_from(student, tmp_path):
     write(student, tmp_path / "one-step", [{"": "student", "fd": 1.23456}])
-    with safe_open(tmp_path / "one-step" / "denoiser" / export.WEIGHTS, "pt") as file:
+    with safe_open(tmp_path / "one-step" / "denoiser" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert METADATA.items() <= file.metadata().items()
     card = (tmp_path / "one-step" / "README.md").read_text()
     assert "1.235" in card
@@ -74,8 +75,8 @@ def test_an_export_that_reads_back_differently_is_refused(student, tmp_path, mon
         tensors = {key: tensor + 1e-3 for key, tensor in tensors.items()}
         save_file(tensors, path, metadata=metadata)
 
-    save_file = export.save_file
-    monkeypatch.setattr(export, "save_file", damage)
+    save_file = folder.save_file
+    monkeypatch.setattr(folder, "save_file", damage)
     with pytest.raises(RuntimeError, match="same logits"):
         write(student, tmp_path / "one-step")
     assert not (tmp_path / "one-step").exists()

@@ -1,0 +1,38 @@
+"""Folders that are written whole or not at all, and safetensors that know where they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `output` at the end; after an error there is nothing of that name.
+
+    Raises ValueError if `output` is there and not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    os.replace(staging, output)
+
+
+def stamp(folder: Path, metadata: dict[str, str]) -> None:
+    """Write metadata into the safetensors files of a component's folder."""
+    for path in folder.glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt", **metadata})

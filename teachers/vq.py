@@ -1,0 +1,73 @@
+"""The VQ tokenizer: diffusers' `VQModel` behind the tokenizer's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, VQModel
+from diffusers.configuration_utils import register_to_config
+
+
+class VQTokenizer(ModelMixin, ConfigMixin):
+    """Images in [0, 1] <-> tokens through a `VQModel` that sees images in [-1, 1].
+
+    `settings` are those of the `VQModel`. Each of its levels but the first halves the image, so that the grid is
+    the image's size over 2^(levels - 1). Shapes: B batch, C channels, H x W image, h x w grid, L = h w tokens,
+    E size of a codebook entry.
+    """
+
+    @register_to_config
+    def __init__(self, image_size: tuple[int, int], settings: dict[str, Any]):
+        super().__init__()
+        self.vq = VQModel(**settings)
+        factor = 2 ** (len(self.vq.config.block_out_channels) - 1)
+        height, width = image_size
+        if height % factor or width % factor:
+            raise ValueError(f"images of {height}x{width} cannot be halved {factor.bit_length() - 1} times")
+        self.token_grid = (height // factor, width // factor)
+        self.codebook_size = self.vq.config.num_vq_embeddings
+
+    @property
+    def codebook(self) -> torch.nn.Parameter:
+        """(V, E)."""
+        return self.vq.quantize.embedding.weight
+
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] -> latents (B, L, E)."""
+        return self.vq.encode(2 * images - 1).latents.flatten(2).transpose(1, 2)
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, L, E) -> the tokens (B, L) of the nearest codebook entries."""
+        codebook = self.codebook
+        distance = codebook.square().sum(-1) - 2 * latents @ codebook.T  # less the latents' own square
+        return distance.argmin(-1)
+
+    def render(self, quantised: torch.Tensor) -> torch.Tensor:
+        """Codebook entries (B, L, E) -> images (B, C, H, W), in [0, 1] but for over- and undershoot."""
+        grid = quantised.transpose(1, 2).unflatten(2, self.token_grid)
+        return (self.vq.decode(grid, force_not_quantize=True).sample + 1) / 2
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] -> tokens (B, L) int64."""
+        if tuple(images.shape[-2:]) != tuple(self.config.image_size):
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])}, but this tokenizer is for {self.config.image_size}"
+            )
+        return self.nearest(self.latents(images))
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
+        return self.render(self.codebook[tokens]).clamp(0, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What training needs: reconstructions (B, C, H, W), latents and their entries (B, L, E), tokens (B, L).
+
+        The reconstruction's gradient passes the quantisation as if it were the identity (arXiv 1711.00937).
+        """
+        latents = self.latents(images)
+        tokens = self.nearest(latents)
+        entries = self.codebook[tokens]
+        return self.render(latents + (entries - latents).detach()), latents, entries, tokens
