@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
 from teachers.condition import Condition
 from teachers.corruption import MASK_SCHEDULES
-from teachers.data import DataConfig, load_data
+from teachers.data import DataConfig, ImageData, load_data
 from teachers.network import MaskGITTransformer
 from teachers.objective import MaskedDiffusionObjective
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.randomness import derive_seed
 from teachers.sampler import ORDERS, MaskGITSampler
+from teachers.token_cache import TokenCache, load_token_cache
 from teachers.tokenizer import PatchTokenizer
 
 
@@ -81,6 +82,7 @@ class TeacherJob:
 
     output: str = setting("runs/teacher", "folder of the run; the pipeline is written to OUTPUT/pipeline")
     data: DataConfig = section(DataConfig, "the images")
+    tokens: str = setting("", "folder of scripts/cache_tokens.py; empty: a patch tokenizer is fitted to the images")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "how images become tokens")
     network: NetworkConfig = section(NetworkConfig, "the denoiser")
     objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
@@ -94,21 +96,20 @@ Monitor = Callable[[MaskedDiffusionPipeline, int], dict[str, float]]
 def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     """Run the job; `monitor(pipeline, step)` measures the averaged weights now and then. False if interrupted."""
     output = Path(job.output)
-    data = load_data(job.data)
-    if data.num_classes == 0:
+    data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
+    if not data.class_names:
         raise ValueError("the teacher is class-conditional; name the column with the labels (data.label_column)")
     accelerator = make_accelerator(job.training, output)
-    images = data.images()
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             claim_output(output, job.training.resume)
             (output / "config.yaml").write_text(to_yaml(job))
-            if not (output / "tokenizer").exists():  # k-means may not repeat itself to the bit
-                fit_tokenizer(job, images).save_pretrained(output / "tokenizer")
-    tokenizer = PatchTokenizer.from_pretrained(output / "tokenizer")
+        if isinstance(data, ImageData):
+            data = tokenise(job, data, output / "tokenizer")
+    tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = MaskGITTransformer(
-        tokenizer.codebook_size, data.num_classes, tokenizer.token_grid, **asdict(job.network)
+        tokenizer.codebook_size, len(data.class_names), tokenizer.token_grid, **asdict(job.network)
     )
     sampler = MaskGITSampler(**asdict(job.sampler))
 
@@ -123,7 +124,7 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         networks={"denoiser": denoiser.train()},
         learning_rates={"denoiser": job.training.learning_rate},
         averaged="denoiser",
-        draw_batch=TokenBatches(tokenizer.encode(images), data.labels, job.training, accelerator.device),
+        draw_batch=TokenBatches(data.tokens, data.labels, job.training, accelerator.device),
         output=output,
         evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
@@ -136,25 +137,23 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     return finished
 
 
-def fit_tokenizer(job: TeacherJob, images: torch.Tensor) -> PatchTokenizer:
-    """The tokenizer that the job describes, fitted to images (N, C, H, W)."""
-    settings = asdict(job.tokenizer)
-    return PatchTokenizer.fit(images, seed=job.training.seed, **settings)
+def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
+    """The tokens of images, by the patch tokenizer in the folder or one that is fitted and put there."""
+    images = data.images()
+    if not folder.exists():  # k-means may not repeat itself to the bit
+        tokenizer = PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer))
+        tokenizer.save_pretrained(folder)
+    tokenizer = PatchTokenizer.from_pretrained(folder)
+    return TokenCache(tokenizer.encode(images), data.labels, data.class_names, tokenizer)
 
 
 class TokenBatches:
-    """Batches of a tokenised data set, shuffled anew in every epoch; a pure function of seed, step and places."""
+    """Batches of a tokenised data set; a pure function of seed, step and places."""
 
     def __init__(self, tokens: torch.Tensor, labels: torch.Tensor, config: TrainingConfig, device: torch.device):
         self.tokens, self.labels, self.device = tokens, labels, device
-        self.seed, self.batch_size = config.seed, config.batch_size
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
-
-    def _order_of_epoch(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
-        return torch.randperm(len(self.tokens), generator=generator)
+        self.rows = ShuffledRows(len(tokens), config.batch_size, config.seed)
 
     def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
-        positions = [divmod(step * self.batch_size + place, len(self.tokens)) for place in places]
-        rows = torch.stack([self._order(epoch)[offset] for epoch, offset in positions])
-        return self.tokens[rows].to(self.device), Condition(self.labels[rows].to(self.device))
+        rows = self.rows(step, places)
+        return self.tokens[rows].long().to(self.device), Condition(self.labels[rows].to(self.device))

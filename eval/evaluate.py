@@ -11,6 +11,8 @@ from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
 
+MAX_NEIGHBOURS = 10_000
+
 
 class Features(Protocol):
     """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D); classes too, if it knows them."""
@@ -55,6 +57,8 @@ class Reference:
         self.features = features
         self.real_features = features(images)
         self.gaussian = Gaussian.fit(self.real_features)
+        # Kernel distance and neighbours are over all pairs: of many real images, a part that is spread over them.
+        self.neighbours = self.real_features[:: -(-len(images) // MAX_NEIGHBOURS)]
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Fréchet and kernel distance, precision, recall, density, coverage, class consistency where it is known."""
@@ -62,9 +66,13 @@ class Reference:
         _, kernel_name = self.features.distance_names
         return {
             **self._quick(generated, labels),
-            kernel_name: kernel_distance(self.real_features, generated),
-            **precision_recall(self.real_features, generated),
+            kernel_name: kernel_distance(self.neighbours, generated),
+            **precision_recall(self.neighbours, generated),
         }
+
+    def distance(self, images: torch.Tensor) -> float:
+        """The Fréchet distance alone."""
+        return frechet_distance(self.gaussian, Gaussian.fit(self.features(images)))
 
     def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """The Fréchet distance and class consistency alone."""

@@ -1,4 +1,4 @@
-"""What a training run looks at now and then: a fixed-seed grid of samples and a quick FD."""
+"""What a training run looks at now and then: a picture of what it makes, and a quick FD."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from eval.evaluate import Reference, generate
 from students.export import image_grid
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
+from teachers.vq import VQTokenizer
+from teachers.vq_objective import codebook_use
 
 NUM_IMAGES = 1000
 
@@ -38,6 +40,45 @@ class SampleMonitor:
         if self._reference is None:
             self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
         return self._reference.quick(images, labels)
+
+
+class ReconstructionMonitor:
+    """Called with (tokenizer, step): writes `samples/step-000100.png`, real images above their reconstructions.
+
+    Returns the mean squared error, the FD of the reconstructions where there are labels to train a classifier on, and
+    the use and perplexity of the codebook, all over the first 1,000 of the shuffled images.
+    """
+
+    def __init__(self, output: Path, data: DataConfig):
+        self.folder = output / "samples"
+        self.data = data
+        self._images: torch.Tensor | None = None
+        self._reference: Reference | None = None
+
+    def __call__(self, tokenizer: VQTokenizer, step: int) -> dict[str, float]:
+        if self._images is None:
+            self._images, labels = self._shuffled_images()
+            if len(labels.unique()) > 1:
+                self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
+        parts = self._images.split(250)
+        tokens = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
+        images = torch.cat([tokenizer.decode(part).cpu() for part in tokens.split(250)])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pairs = torch.stack([self._images[:40].unflatten(0, (4, 10)), images[:40].unflatten(0, (4, 10))], dim=1)
+        image_grid(pairs.flatten(0, 2), 10).save(self.folder / f"step-{step:06d}.png")
+        used, perplexity = codebook_use(tokens.cpu(), tokenizer.codebook_size)
+        error = (images - self._images).square().mean().item()
+        measures = {"mean_squared_error": error, "codebook_used": used, "perplexity": perplexity}
+        if self._reference is not None:
+            distance, _ = self._reference.features.distance_names
+            measures[f"reconstruction_{distance}"] = self._reference.distance(images)
+        return measures
+
+    def _shuffled_images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        data = load_data(self.data)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
+        chosen = data.subset(order.tolist())
+        return chosen.images(), chosen.labels
 
 
 def real_images(data: DataConfig) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""Encode a data set once: safetensors shards of tokens for scripts/train_teacher.py.
+
+    python scripts/cache_tokens.py --tokenizer runs/mnist/tokenizer/tokenizer --output runs/mnist/tokens \
+        name=ylecun/mnist
+
+An interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from distill.command import run
+from distill.config import describe, load_config
+from teachers.data import DataConfig, load_data
+from teachers.token_cache import load_tokenizer, write_token_cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Encode a data set once.",
+        epilog="settings of the data:\n" + describe(DataConfig()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("data", nargs="*", metavar="key=value", help="the images, e.g. name=folder image_size=256")
+    run(lambda: cache(parser.parse_args()))
+
+
+def cache(arguments: argparse.Namespace) -> None:
+    config = load_config(DataConfig, overrides=arguments.data)
+    data = load_data(config)
+    tokenizer = load_tokenizer(arguments.tokenizer).to(arguments.device)
+    used, perplexity = write_token_cache(arguments.output, tokenizer, config, data, batch_size=arguments.batch_size)
+    height, width = tokenizer.token_grid
+    print(f"wrote {arguments.output}: {len(data)} images of {data.num_classes} classes as {height} x {width} tokens")
+    result = {"num_images": len(data), "codebook_size": tokenizer.codebook_size, "codebook_used": used}
+    print(json.dumps(result | {"perplexity": perplexity}))
+
+
+if __name__ == "__main__":
+    main()
