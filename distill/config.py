@@ -36,8 +36,11 @@ def parse_arguments(config_class: type[Config], description: str, argv: list[str
     )
     parser.add_argument("--config", type=Path, help="a YAML file with settings")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("--max-steps", type=int, help="end after so many steps; schedules stay those of num_steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
     arguments = parser.parse_args(argv)
+    if arguments.max_steps is not None:
+        arguments.overrides.append(f"training.max_steps={arguments.max_steps}")
     try:
         config = load_config(config_class, arguments.config, arguments.overrides)
     except (ValueError, FileNotFoundError) as error:

@@ -16,6 +16,7 @@ from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelera
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.condition import Condition
+from teachers.cost import cost_summary
 from teachers.data import DataConfig
 from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
 from teachers.randomness import rand
@@ -81,6 +82,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         if accelerator.is_main_process:
             claim_output(output, job.training.resume)
             (output / "config.yaml").write_text(to_yaml(job))
+
+    accelerator.print(cost_summary(teacher))
 
     # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
     teacher.to(accelerator.device)

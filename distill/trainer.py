@@ -40,6 +40,7 @@ class TrainingConfig:
     """The settings of the loop."""
 
     num_steps: int = setting(1000, "training steps")
+    max_steps: int = setting(0, "end after so many, with a checkpoint to go on from; 0: run to num_steps")
     batch_size: int = setting(128, "samples per step, over all processes and accumulation steps")
     gradient_accumulation_steps: int = setting(1, "parts that each process splits its share of the batch into")
     learning_rate: float = setting(1e-3, "of the network that is trained: the teacher, or the student")
@@ -76,7 +77,7 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be more than 0")
-        for name in ("warmup_steps", "weight_decay", "evaluate_every"):
+        for name in ("max_steps", "warmup_steps", "weight_decay", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be 0 or more")
         for name in ("ema_decay", "adam_beta2"):
@@ -231,7 +232,7 @@ class Trainer:
                 if last or self.step % config.log_every == 0:
                     progress.set_postfix(self._log(metrics), refresh=False)
                 progress.update()
-                stop = self._stop_is_requested()
+                stop = self._stop_is_requested() or 0 < config.max_steps <= self.step
                 if last or stop or self.step % config.checkpoint_every == 0:
                     self._save()
                 if last or (config.evaluate_every and self.step % config.evaluate_every == 0):

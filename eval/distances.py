@@ -1,4 +1,4 @@
-"""Distances between sets of features: Fréchet distance, kernel distance, precision and recall, density and coverage.
+"""Measures of sets of features: Fréchet and kernel distance, precision, recall, density, coverage, inception score.
 
 Shapes: N samples, D feature dimensions. All sums are float64.
 """
@@ -77,6 +77,16 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
         "density": in_real_ball.double().mean().item() / k,
         "coverage": covered / len(real),
     }
+
+
+def inception_score(probabilities: torch.Tensor, num_splits: int = 10) -> float:
+    """exp E KL(p(y|x) || p(y)) of class probabilities (N, K), the mean over splits of N (arXiv 1606.03498)."""
+    scores = []
+    for part in probabilities.double().chunk(num_splits):
+        conditional_entropy = torch.special.entr(part).sum(-1).mean()
+        marginal_entropy = torch.special.entr(part.mean(0)).sum()
+        scores.append((marginal_entropy - conditional_entropy).exp())
+    return torch.stack(scores).mean().item()
 
 
 def _kth_distance(features: torch.Tensor, k: int) -> torch.Tensor:

@@ -38,23 +38,35 @@ def find_weights(path: Path | None) -> Path:
 
 
 class InceptionFeatures:
-    """The 2048-d features that FID is defined on; grey images are repeated over three channels."""
+    """The 2048-d features that FID is defined on; grey images are repeated over three channels.
+
+    `mode` is clean-fid's: "clean" resizes as PIL does, "legacy_tensorflow" as the first FID code did, which is what
+    published ImageNet figures use.
+    """
 
     distance_names = ("fid", "kid")
 
-    def __init__(self, path: Path | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, path: Path | None = None, device: torch.device | str = "cpu", mode: str = "clean"):
         weights = find_weights(path)
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.name = f"Inception (clean-fid, resized from PNG-like uint8; weights sha256 {digest})"
+        self.name = f"Inception (clean-fid, mode {mode}, images rounded to uint8; weights sha256 {digest})"
         self.device = device
-        self._network = InceptionV3W(str(weights.parent), download=False).to(device).eval()
-        self._resize = build_resizer("clean")
+        resize_inside = mode == "legacy_tensorflow"
+        network = InceptionV3W(str(weights.parent), download=False, resize_inside=resize_inside)
+        self._network = network.to(device).eval()
+        self._resize = build_resizer(mode)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features (N, 2048) of images (N, C, H, W) in [0, 1]."""
         return torch.cat([self._network(self._prepare(part)).cpu() for part in images.split(64)])
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (N, K) of images (N, C, H, W) in [0, 1], without the output's bias as in the first IS."""
+        parts = [self._network.base(self._prepare(part), no_output_bias=True) for part in images.split(64)]
+        return torch.cat(parts).cpu()
 
     def predict(self, features: torch.Tensor) -> None:
         return None
@@ -62,4 +74,4 @@ class InceptionFeatures:
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         pixels = (images.expand(-1, 3, -1, -1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         resized = np.stack([self._resize(image) for image in pixels])
-        return torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
+        return torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)

@@ -9,7 +9,7 @@ import torch
 
 from eval.classifier import ClassifierFeatures
 from eval.evaluate import Reference, generate
-from students.export import image_grid
+from students.export import image_grid, sample_grid
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
 from teachers.vq import VQTokenizer
@@ -30,13 +30,11 @@ class SampleMonitor:
         self._reference: Reference | None = None
 
     def __call__(self, pipeline: TokenPipeline, step: int) -> dict[str, float]:
-        images, labels, _ = generate(pipeline, NUM_IMAGES)
         self.folder.mkdir(parents=True, exist_ok=True)
-        columns = min(pipeline.num_classes, 10)
-        grid = image_grid(images[labels < columns][: 8 * columns], columns)
-        grid.save(self.folder / f"step-{step:06d}.png")
+        sample_grid(pipeline).save(self.folder / f"step-{step:06d}.png")
         if not self.data.name:
             return {}
+        images, labels, _ = generate(pipeline, NUM_IMAGES)
         if self._reference is None:
             self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
         return self._reference.quick(images, labels)

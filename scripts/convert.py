@@ -2,13 +2,13 @@
 
     python scripts/convert.py maskgit --transformer MaskGIT_ImageNet_256.pth --num-attention-heads 16 \
         --vqvae last.ckpt --vqvae-config model.yaml --output runs/imagenet256/maskgit
+    python scripts/convert.py random maskgit-256 --output runs/imagenet256/random     # the sizes alone
 
 Files are local, or OWNER/REPOSITORY:FILE on the hub. Pickles are read without running what is in them.
 """
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -18,9 +18,11 @@ from students.initialisation import TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.convert import convert_halton_maskgit, convert_maskgit
 from teachers.convert_vq import convert_llamagen_vq, convert_taming_vq
+from teachers.cost import cost_summary
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.released import find_file, read_checkpoint
+from teachers.released_sizes import RELEASED, random_pipeline
 from teachers.sampler import MaskGITSampler
 
 
@@ -35,10 +37,18 @@ def main() -> None:
         options.add_argument("--vqvae", required=True, help="the tokenizer's weights: a file, or OWNER/REPOSITORY:FILE")
         if kind != "halton-maskgit":
             options.add_argument("--vqvae-config", required=True, help="the tokenizer's YAML file")
-        options.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
-        options.add_argument("--dry-run", action="store_true", help="print what was recognised; write nothing")
+        add_output(options)
+    options = kinds.add_parser("random", help="random weights of a released teacher's sizes, to try speed and memory")
+    options.add_argument("name", choices=RELEASED)
+    options.set_defaults(convert=lambda arguments: (random_pipeline(arguments.name), {}))
+    add_output(options)
     arguments = parser.parse_args()
     run(lambda: convert_and_save(arguments))
+
+
+def add_output(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
+    options.add_argument("--dry-run", action="store_true", help="print what was recognised; write nothing")
 
 
 def maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dict[str, str]]:
@@ -113,13 +123,10 @@ def convert_and_save(arguments: argparse.Namespace) -> None:
 def describe(pipeline: DiffusionPipeline, sources: dict[str, str]) -> None:
     for name, component in pipeline.components.items():
         settings = {key: value for key, value in component.config.items() if not key.startswith("_")}
-        num_parameters = sum(parameter.numel() for parameter in component.parameters()) if name in sources else 0
-        print(f"{name}: {type(component).__name__}, {num_parameters / 1e6:.1f} M parameters")
-        print(f"  {json.dumps(settings, default=str)}")
+        print(f"{name}: {type(component).__name__} {json.dumps(settings, default=str)}")
         if name in sources:
             print(f"  from a file with SHA-256 {sources[name]}")
-            types = Counter(str(parameter.dtype) for parameter in component.parameters())
-            print("  " + ", ".join(f"{count} tensors of {dtype}" for dtype, count in types.items()))
+    print(cost_summary(pipeline))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The whole job on the embedded digits: teacher, one-step student, export, measurements, report.
+"""The whole job: tokenizer, teacher, one-step student, export, measurements, report.
 
-    python scripts/quickstart.py [--output runs/digits] [--seed 0] [--thorough]
+    python scripts/quickstart.py [--seed 0] [--thorough]                        # on the embedded digits, in minutes
+    python scripts/quickstart.py --recipe mnist [--data FOLDER_OR_HUB_ID]       # through a VQ tokenizer, in an hour
 
 Finished stages are kept: run it again to go on after an interruption. The last line of stdout is the summary.
 """
@@ -12,14 +13,16 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.command import run
-from distill.config import to_yaml
+from distill.config import load_config, to_yaml
 from distill.student_job import load_job, load_student
+from distill.teacher_job import TeacherJob
 from eval.evaluate import Reference, generate
 from eval.monitor import reference_for
 from eval.report import quality_plot, side_by_side, write_report
@@ -28,7 +31,6 @@ from eval.tuning import Grid, tune_and_measure
 from students.export import image_grid
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
-from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.sampler import MaskGITSampler
 
@@ -46,19 +48,20 @@ THOROUGH = Grid(
     num_tuning_images=5000,
     num_report_images=5000,
 )
-CONFIGS = Path(__file__).parent.parent / "configs" / "digits"
-DATA = DataConfig()
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = ("digits", "mnist", "cifar10")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The whole job on the embedded digits, in minutes.")
-    parser.add_argument("--output", type=Path, default=Path("runs/digits"))
+    parser = argparse.ArgumentParser(description="The whole job, from images to a measured one-step student.")
+    parser.add_argument("--recipe", choices=RECIPES, default="digits", help="the folder of configs/ to follow")
+    parser.add_argument("--data", help="the images, instead of the recipe's data.name")
+    parser.add_argument("--image-column", help="the column with the images, instead of the recipe's")
+    parser.add_argument("--output", type=Path, help="default: runs/RECIPE")
+    parser.add_argument("--teacher", type=Path, help="distil this pipeline folder instead of training a teacher")
     parser.add_argument("--seed", type=int, default=0, help="of teacher and student training")
-    parser.add_argument(
-        "--thorough",
-        action="store_true",
-        help="3,000 updates, 5,000 images, a finer grid, both orders",
-    )
+    parser.add_argument("--thorough", action="store_true", help="5,000 images, a finer grid, both sampling orders")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the student's job")
     run(lambda: Quickstart(parser.parse_args()).run())
 
 
@@ -66,19 +69,30 @@ class Quickstart:
     """The stages, each of which is skipped where its result is there."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.output, self.seed, self.thorough = arguments.output, arguments.seed, arguments.thorough
+        self.seed, self.thorough, self.overrides = arguments.seed, arguments.thorough, arguments.overrides
         self.grid = THOROUGH if self.thorough else QUICK
-        self.student_overrides = ["training.num_steps=3000"] if self.thorough else []
-        self.teacher_folder = self.output / "teacher" / "pipeline"
+        self.configs = CONFIGS / arguments.recipe
+        self.data = load_config(TeacherJob, self.configs / "teacher.yaml").data
+        if arguments.data:
+            self.data = replace(self.data, name=arguments.data)
+        if arguments.image_column:
+            self.data = replace(self.data, image_column=arguments.image_column)
+        self.output = arguments.output or Path("runs") / arguments.recipe
+        self.teacher_folder = arguments.teacher or self.output / "teacher" / "pipeline"
+        self.classifier = self.teacher_folder.parent.parent / "classifier"
+        self.tokens = self.output / "tokens" if (self.configs / "tokenizer.yaml").exists() else None
         self.student_run = self.output / "student"
         self.student_folder = self.output / "one-step"
         self.seconds_file = self.output / "seconds.json"
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        if self.tokens and not self.teacher_folder.exists():
+            self.stage("tokenizer", self.output / "tokenizer" / "tokenizer", self.train_tokenizer)
+            self.stage("tokens", self.tokens / "index.json", self.cache_tokens)
         self.stage("teacher", self.teacher_folder, self.train_teacher)
         self.stage("distillation", self.student_run / "finished", self.train_student)
-        reference = reference_for(DATA, self.output / "classifier")
+        reference = reference_for(self.data, self.classifier)
         measurements = self.output / "measurements.json"
         self.stage("measurement", measurements, lambda: self.measure(reference, measurements))
         confidence = self.output / "confidence_order.json"
@@ -103,18 +117,35 @@ class Quickstart:
         self.seconds_file.write_text(json.dumps(seconds))
         print(f"== {name}: {seconds[name]:.0f} s", flush=True)
 
+    def train_tokenizer(self) -> None:
+        output = self.output / "tokenizer"
+        self.launch("train_tokenizer.py", "tokenizer.yaml", output, *self.data_overrides("data."))
+        if not (output / "tokenizer").exists():
+            raise ValueError("the tokenizer's training was interrupted; run the same command again to go on")
+
+    def cache_tokens(self) -> None:
+        script = [sys.executable, str(Path(__file__).parent / "cache_tokens.py")]
+        tokenizer = self.output / "tokenizer" / "tokenizer"
+        subprocess.run(
+            [*script, "--tokenizer", str(tokenizer), "--output", str(self.tokens), *self.data_overrides()], check=True
+        )
+
     def train_teacher(self) -> None:
-        self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher")
+        overrides = self.data_overrides("data.") + ([f"tokens={self.tokens}"] if self.tokens else [])
+        self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher", *overrides)
         if not self.teacher_folder.exists():
             raise ValueError("the teacher's training was interrupted; run the same command again to go on")
 
     def train_student(self) -> None:
-        overrides = [f"teacher={self.teacher_folder}", *self.student_overrides]
+        overrides = [f"teacher={self.teacher_folder}", *self.data_overrides("monitor."), *self.overrides]
         self.launch("train_student.py", "student.yaml", self.student_run, *overrides)
         _, job, step = load_student(self.student_run)
         if step < job.training.num_steps:
             raise ValueError("the distillation was interrupted; run the same command again to go on")
         (self.student_run / "finished").touch()
+
+    def data_overrides(self, prefix: str = "") -> list[str]:
+        return [f"{prefix}{key}={value}" for key, value in asdict(self.data).items()]
 
     def launch(self, script: str, config: str, output: Path, *overrides: str) -> None:
         """`accelerate launch`: on the GPU if there is one, else on two CPU processes with a core each."""
@@ -130,7 +161,7 @@ class Quickstart:
             command += ["--cpu", "--num_processes", str(min(2, os.cpu_count() or 1))]
             command += ["--num_cpu_threads_per_process", "1"]
             environment["OMP_NUM_THREADS"] = "1"
-        command += [str(Path(__file__).parent / script), "--config", str(CONFIGS / config), f"output={output}"]
+        command += [str(Path(__file__).parent / script), "--config", str(self.configs / config), f"output={output}"]
         command += [f"training.seed={self.seed}", f"training.resume={str(resume).lower()}", *overrides]
         print("$ accelerate launch " + " ".join(command[3:]), flush=True)
         subprocess.run(command, env=environment, check=True)
@@ -202,7 +233,10 @@ class Quickstart:
         summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
         seconds = json.loads(self.seconds_file.read_text())
         summary["wall_seconds"] = seconds | {"total": sum(seconds.values())}
-        summary["protocol"] = self.protocol() | {"Features": reference.features.name}
+        summary["protocol"] = self.protocol() | {
+            "Features": reference.features.name,
+            "Real images": f"{len(reference.real_features)} of {self.data.name}",
+        }
 
         samples = self.samples(best)
         side_by_side(samples).save(self.output / "samples.png")
@@ -213,7 +247,7 @@ class Quickstart:
             speed=rows,
             samples=samples,
             settings={
-                "Teacher": (self.output / "teacher" / "config.yaml").read_text(),
+                "Teacher": (self.teacher_folder.parent / "config.yaml").read_text(),
                 "Student": to_yaml(load_job(self.student_run)),
             },
             protocol=summary["protocol"],
@@ -232,7 +266,7 @@ class Quickstart:
     def protocol(self) -> dict[str, str]:
         grid = self.grid
         return {
-            "Quality": f"{grid.num_report_images} images for every row, against all 1,797 real digits. Temperature "
+            "Quality": f"{grid.num_report_images} images for every row, against the real ones. Temperature "
             f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by "
             f"FD on another draw of {grid.num_tuning_images} images.",
             "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "

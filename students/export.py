@@ -12,6 +12,7 @@ from PIL import Image
 
 from students.pipeline import OneStepPipeline
 from teachers.folder import new_folder, stamp
+from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators
 
 
@@ -61,7 +62,7 @@ def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline) -> None:
         raise RuntimeError("the exported student, read back, does not give the same logits; nothing was exported")
 
 
-def sample_grid(pipeline: OneStepPipeline, num_rows: int = 8, min_size: int = 32) -> Image.Image:
+def sample_grid(pipeline: TokenPipeline, num_rows: int = 8, min_size: int = 32) -> Image.Image:
     """Samples with a fixed seed: a column for each of the first ten classes."""
     num_columns = min(pipeline.num_classes, 10)
     labels = [column for _ in range(num_rows) for column in range(num_columns)]

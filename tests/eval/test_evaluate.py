@@ -108,29 +108,6 @@ def test_speed_rows(teacher):
     json.dumps(rows)
 
 
-class StubNetwork(torch.nn.Module):
-    """Stands in for the Inception network's layers: the mean of each channel, 2048 of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = Mean()
-
-
-class Mean(torch.nn.Module):
-    def forward(self, x):
-        return x.mean((2, 3)).repeat(1, 683)[:, :2048]
-
-
-def test_inception_features_follow_clean_fid(tmp_path):
-    """Grey images in [0, 1] become uint8, three channels, 299 x 299, and then [-1, 1]."""
-    torch.jit.script(StubNetwork()).save(str(tmp_path / inception.WEIGHTS))
-    extractor = inception.InceptionFeatures(tmp_path)
-    features = extractor(torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 1, 8, 8))
-    assert features.shape == (3, 2048)
-    torch.testing.assert_close(features[:, 0], (torch.tensor([0.0, 128.0, 255.0]) - 128) / 128)
-    assert len(extractor.name.split()[-1].rstrip(")")) == 64
-
-
 def test_missing_inception_weights_are_one_clear_message(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=inception.WEIGHTS):
         inception.find_weights(tmp_path / "nowhere.pt")
