@@ -79,7 +79,7 @@ class Quickstart:
             self.data = replace(self.data, image_column=arguments.image_column)
         self.output = arguments.output or Path("runs") / arguments.recipe
         self.teacher_folder = arguments.teacher or self.output / "teacher" / "pipeline"
-        self.classifier = self.teacher_folder.parent.parent / "classifier"
+        self.classifier = self.output / "classifier"
         self.tokens = self.output / "tokens" if (self.configs / "tokenizer.yaml").exists() else None
         self.student_run = self.output / "student"
         self.student_folder = self.output / "one-step"
@@ -87,6 +87,9 @@ class Quickstart:
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        beside_teacher = self.teacher_folder.parent.parent / "classifier"
+        if beside_teacher.exists() and not self.classifier.exists():  # figures compare only through one classifier
+            shutil.copytree(beside_teacher, self.classifier)
         if self.tokens and not self.teacher_folder.exists():
             self.stage("tokenizer", self.output / "tokenizer" / "tokenizer", self.train_tokenizer)
             self.stage("tokens", self.tokens / "index.json", self.cache_tokens)

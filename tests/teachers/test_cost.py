@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from teachers.cost import cost_summary, decoder_flops, forward_flops, num_parameters
+from teachers.released_sizes import RELEASED, random_pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("halton-tiny-256", 23), ("halton-small-256", 69), ("halton-base-256", 142), ("halton-large-384", 480)],
+)
+def test_the_sizes_are_the_published_ones(name, millions):
+    with torch.device("meta"):
+        network, _ = RELEASED[name]()
+    assert round(num_parameters(network) / 1e6) == millions
+
+
+def test_the_cost_of_an_imagenet_student():
+    """174.161 M and 93.9 GFLOP for the released network, whose output has rows and columns that nobody reads."""
+    with torch.device("meta"):
+        pipeline = random_pipeline("maskgit-256")
+    released = num_parameters(pipeline.denoiser) + 257 * 2026 - 256 * 1024
+    assert round(released / 1e3) == 174_161
+    more_logits = 2 * 768 * (257 * 2026 - 256 * 1024)
+    assert forward_flops(pipeline.denoiser) + more_logits == pytest.approx(93.9e9, rel=1e-3)
+    assert decoder_flops(pipeline.tokenizer) == pytest.approx(252.7e9, rel=1e-3)
+    assert "173.9 M parameters" in cost_summary(pipeline)
+
+
+def test_a_linear_layer_counts_twice_its_weights(teacher):
+    """Of a patch tokenizer nothing is computed; of the transformer, mostly matrix products."""
+    assert decoder_flops(teacher.tokenizer) == 0
+    small = forward_flops(teacher.denoiser)
+    weights = sum(parameter.numel() for name, parameter in teacher.denoiser.named_parameters() if "blocks" in name)
+    assert small > 2 * 16 * weights * 0.9
