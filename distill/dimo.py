@@ -19,7 +19,7 @@ from teachers.guidance import guide
 from teachers.objective import masked_cross_entropy
 from teachers.randomness import rand, sample_tokens
 
-AUXILIARY_SAMPLES = ("fresh", "shared")
+AUXILIARY_SAMPLES = ("shared", "fresh")
 WEIGHTINGS = ("sum", "paper")
 
 
@@ -35,7 +35,7 @@ class DiMOConfig:
     temperature: float = setting(1.0, "of the student's samples in training")
     top_k: int = setting(0, "of the student's samples in training; 0 keeps all")
     top_p: float = setting(1.0, "of the student's samples in training; 1 keeps all")
-    auxiliary_samples: str = setting("fresh", "the auxiliary learns from fresh samples, or the student update's (shared)")
+    auxiliary_samples: str = setting("shared", "the auxiliary learns from the student's own x_t, or from fresh ones")
     auxiliary_updates: int = setting(1, "auxiliary updates per student update")
     auxiliary_label_smoothing: float = setting(0.0, "of the auxiliary's cross-entropy")
     auxiliary_soft_weight: float = setting(0.0, "share of the student's probabilities in the auxiliary's targets")

@@ -49,7 +49,7 @@ class StudentJob:
     teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
     output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
     auxiliary_learning_rate: float = setting(1e-3, "about five times the student's: the auxiliary has to follow it")
-    freeze_embeddings: bool = setting(False, "keep the embeddings and the output layer tied to them as the teacher's")
+    freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
