@@ -149,6 +149,17 @@ def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path)
         assert whole_file.read_bytes() == parts_file.read_bytes()
 
 
+def test_a_run_cut_short_goes_on_as_if_it_had_not_been(run):
+    """`--max-steps` ends a run early; learning rates stay those of the whole."""
+    whole, whole_lines, _ = run("whole", "training.learning_rate_schedule=linear")
+    _, _, step = run("parts", "training.learning_rate_schedule=linear", "training.max_steps=4")
+    assert step == 4
+    parts, parts_lines, step = run("parts", "training.learning_rate_schedule=linear", "training.resume=true")
+    assert step == 6
+    assert furthest(whole, parts) == 0
+    assert whole_lines == parts_lines
+
+
 def test_the_teacher_is_in_no_checkpoint(run, tmp_path):
     run("run")
     names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").glob("model*")}
