@@ -89,7 +89,10 @@ def read_checkpoint(name: str) -> Checkpoint:
         raise ValueError(f"{path} does not hold a dictionary of tensors")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Checkpoint(path, digest, {_strip(key): value for key, value in content.items()})
+    tensors = {_strip(key): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        raise ValueError(f"{path} holds tensors whose names differ by nothing but the prefixes {', '.join(PREFIXES)}")
+    return Checkpoint(path, digest, tensors)
 
 
 def _strip(key: str) -> str:
@@ -114,7 +117,7 @@ def load_by_rules(network: nn.Module, checkpoint: Checkpoint, rules: Sequence[Ru
     """Fill the network; the first rule that matches a name is the one.
 
     Every tensor of the checkpoint has to be used or match the pattern `ignored`. One ValueError lists all that is
-    missing, unexpected or misshapen.
+    missing, unexpected, misshapen or not finite.
     """
     state, used, problems = {}, set(), []
     for name, wanted in network.state_dict().items():
@@ -130,8 +133,8 @@ def load_by_rules(network: nn.Module, checkpoint: Checkpoint, rules: Sequence[Ru
             selected = None  # it cannot be cut into the parts that the other tensors' sizes ask for
         if selected is None or selected.shape != wanted.shape:
             problems.append(f"misshapen: {source} is {tuple(tensor.shape)}; {name} needs {tuple(wanted.shape)}")
-        elif not selected.is_floating_point():
-            problems.append(f"misshapen: {source} is {tensor.dtype}")
+        elif not selected.is_floating_point() or not selected.isfinite().all():
+            problems.append(f"not finite numbers: {source} ({tensor.dtype})")
         else:
             state[name] = selected.float().contiguous()
     unexpected = [key for key in checkpoint.tensors if key not in used and not re.match(ignored, key)]

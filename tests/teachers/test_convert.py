@@ -138,16 +138,18 @@ def test_all_that_is_wrong_with_the_tensors_is_one_error(golden, tmp_path):
     del tensors["first_layer.2.bias"]
     tensors["surprise"] = torch.zeros(1)
     tensors["last_layer.2.weight"] = torch.zeros(3, 64)
+    tensors["first_layer.6.bias"] = torch.full((64,), torch.nan)
     tensors["bias"] = tensors["bias"][:, :-1]  # no longer tokens, mask, classes and null class
     torch.save(tensors, tmp_path / "bad.bin")
     with pytest.raises(ValueError, match="does not fit") as error:
         convert_maskgit(read_checkpoint(str(tmp_path / "bad.bin")), 4, 32)
-    listed = set(re.findall(r"(missing|unexpected|misshapen): ([\w.]+)", str(error.value)))
+    listed = set(re.findall(r"(missing|unexpected|misshapen|not finite numbers): ([\w.]+)", str(error.value)))
     assert listed == {
         ("missing", "first_layer.2.bias"),
         ("unexpected", "surprise"),
         ("misshapen", "last_layer.2.weight"),
         ("misshapen", "bias"),
+        ("not finite numbers", "first_layer.6.bias"),
     }
 
 
@@ -178,6 +180,7 @@ def test_hostile_damaged_and_wrong_files_get_one_error_each(command, golden, tmp
     (tmp_path / "empty.pth").touch()
     torch.save([1, 2, 3], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "number.pth")
+    torch.save({"module.pos_emb": torch.zeros(1), "pos_emb": torch.zeros(1)}, tmp_path / "twice.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     (tmp_path / "text.yaml").write_text("model: [")
     other = (golden / "maskgit" / "model.yaml").read_text().replace("n_embed: 32", "n_embed: 64")
@@ -189,6 +192,7 @@ def test_hostile_damaged_and_wrong_files_get_one_error_each(command, golden, tmp
         ({"transformer": "empty.pth"}, "is it whole?"),
         ({"transformer": "list.pth"}, "not hold a dictionary of tensors"),
         ({"transformer": "number.pth"}, "not hold a dictionary of tensors"),
+        ({"transformer": "twice.pth"}, "names differ by nothing but the prefixes"),
         ({"transformer": "broken.safetensors"}, "is it whole?"),
         ({"transformer": golden / "maskgit" / "last.ckpt"}, "has no tensor tok_emb.weight"),
         ({"transformer": golden / "halton" / "HaltonMaskGIT.pth"}, "error: "),
