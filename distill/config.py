@@ -38,7 +38,7 @@ def parse_arguments(config_class: type[Config], description: str, argv: list[str
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
     parser.add_argument("--max-steps", type=int, help="end after so many steps; schedules stay those of num_steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.max_steps is not None:
         arguments.overrides.append(f"training.max_steps={arguments.max_steps}")
     try:
@@ -58,6 +58,7 @@ def load_config(
     merged = OmegaConf.structured(config_class)
     for source, given in [(str(path), _read_yaml(path)), ("the command line", _read_overrides(overrides))]:
         _check_keys(given, config_class, source)
+        _restore_words(given, config_class)
         try:
             merged = OmegaConf.merge(merged, given)
         except OmegaConfBaseException as error:
@@ -101,6 +102,16 @@ def _check_keys(given: Mapping[str, Any], config_class: type, source: str, prefi
             raise ValueError(f"{source}: unknown setting {prefix}{key}{hint}")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
             _check_keys(value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
+
+
+def _restore_words(given: dict[str, Any], config_class: type) -> None:
+    """YAML reads the word `no` as False; where text is wanted it is the word."""
+    types = typing.get_type_hints(config_class)
+    for key, value in given.items():
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            _restore_words(value, typing.cast(type, types[key]))
+        elif types[key] is str and isinstance(value, bool):
+            given[key] = "yes" if value else "no"
 
 
 def to_yaml(config: Any) -> str:

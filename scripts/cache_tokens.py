@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("data", nargs="*", metavar="key=value", help="the images, e.g. name=folder image_size=256")
-    run(lambda: cache(parser.parse_args()))
+    run(lambda: cache(parser.parse_intermixed_args()))
 
 
 def cache(arguments: argparse.Namespace) -> None:

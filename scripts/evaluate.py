@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
     parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
-    run(lambda: evaluate(parser.parse_args()))
+    run(lambda: evaluate(parser.parse_intermixed_args()))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of teacher and student training")
     parser.add_argument("--thorough", action="store_true", help="5,000 images, a finer grid, both sampling orders")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the student's job")
-    run(lambda: Quickstart(parser.parse_args()).run())
+    run(lambda: Quickstart(parser.parse_intermixed_args()).run())
 
 
 class Quickstart:

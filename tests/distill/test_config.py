@@ -74,3 +74,16 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(StudentJob, "", ["--help"])
     assert "method.auxiliary_updates" in capsys.readouterr().out
+
+
+def test_options_and_overrides_come_in_any_order():
+    job = parse_arguments(StudentJob, "", ["method.beta=0.25", "--max-steps", "3", "training.num_steps=7"])
+    assert (job.method.beta, job.training.max_steps, job.training.num_steps) == (0.25, 3, 7)
+
+
+def test_the_word_no_is_a_word(tmp_path):
+    for source in [
+        {"overrides": ["training.mixed_precision=no"]},
+        {"path": written(tmp_path, "training: {mixed_precision: no}")},
+    ]:
+        assert load_config(StudentJob, **source).training.mixed_precision == "no"
