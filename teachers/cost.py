@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +16,7 @@ def num_parameters(network: ModelMixin) -> int:
 def forward_flops(denoiser: ModelMixin) -> int:
     """Operations (2 for a multiplication and addition) of a denoiser's forward on one image, without computing it."""
     height, width = denoiser.config.token_grid
-    skeleton = copy.deepcopy(denoiser).to("meta")
+    skeleton = _without_weights(denoiser)
     tokens = torch.zeros(1, height * width, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         skeleton(tokens, Condition(torch.zeros(1, dtype=torch.long, device="meta")))
@@ -28,10 +26,16 @@ def forward_flops(denoiser: ModelMixin) -> int:
 def decoder_flops(tokenizer: ModelMixin) -> int:
     """Operations of a tokenizer's decoder on one image, without computing it."""
     height, width = tokenizer.token_grid
-    skeleton = copy.deepcopy(tokenizer).to("meta")
+    skeleton = _without_weights(tokenizer)
     with FlopCounterMode(display=False) as counter:
         skeleton.decode(torch.zeros(1, height * width, dtype=torch.long, device="meta"))
     return counter.get_total_flops()
+
+
+def _without_weights(network: ModelMixin) -> ModelMixin:
+    settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        return type(network)(**settings)
 
 
 def cost_summary(pipeline: DiffusionPipeline) -> str:

@@ -54,7 +54,7 @@ def write_token_cache(
 
     After an interruption the whole shards are kept and the rest is added; a folder for other images is a ValueError.
     """
-    source = {"data": asdict(config), "num_images": len(data), "shard_size": shard_size, "codebook": _digest(tokenizer)}
+    source = {"data": asdict(config), "num_images": len(data), "shard_size": shard_size, "weights": _digest(tokenizer)}
     origin = folder / "source.json"
     if origin.is_file() and json.loads(origin.read_text()) != source:
         raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
@@ -104,5 +104,5 @@ def load_token_cache(folder: Path) -> TokenCache:
 
 
 def _digest(tokenizer: PatchTokenizer | VQTokenizer) -> float:
-    """A number that changes with the codebook."""
-    return tokenizer.codebook.double().square().sum().item()
+    """A number that changes with any of the tokenizer's weights."""
+    return sum(tensor.double().square().sum().item() for tensor in tokenizer.state_dict().values())
