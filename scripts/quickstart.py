@@ -32,7 +32,7 @@ from students.export import image_grid
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.sampler import MaskGITSampler
+from teachers.samplers import MaskGITSampler
 
 QUICK = Grid(
     temperatures=(1.0, 0.8, 0.6, 0.4),
