@@ -53,8 +53,12 @@ def sample_cumulative(cumulative: torch.Tensor, generator: Generators) -> torch.
 
     cumulative (B, ..., V), non-decreasing along V -> (B, ...) int64; an index of zero probability is never drawn.
     """
-    uniform = rand(*cumulative.shape[:-1], 1, generator=generator, device=cumulative.device)
-    threshold = uniform.to(cumulative.dtype) * cumulative[..., -1:]
+    return invert_cumulative(cumulative, rand(*cumulative.shape[:-1], generator=generator, device=cumulative.device))
+
+
+def invert_cumulative(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The index (...) at which uniform numbers (...) in [0, 1) fall in cumulative probabilities (..., V)."""
+    threshold = uniform[..., None].to(cumulative.dtype) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 

@@ -1,16 +1,17 @@
-"""Samplers that reveal as many tokens at once as the denoiser is sure of. Shapes: R samples, L tokens, V codebook size."""
+"""Samplers that reveal as many tokens at once as the denoiser is sure of. Shapes: R samples, L tokens, V codebook."""
 
 from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from teachers.randomness import Generators, rand, sample_tokens
+from teachers.randomness import Generators, rand
 from teachers.samplers.sampler import (
     AdaptiveSampler,
     Evaluate,
     check_range,
     descending_rank,
+    draw,
     highest,
 )
 
@@ -31,8 +32,8 @@ class ConfidenceThresholdSampler(AdaptiveSampler):
         self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
     ) -> torch.Tensor:
         logits = evaluate(tokens)
-        sampled = sample_tokens(logits, generator)
-        confidence = logits.softmax(-1).amax(-1)
+        sampled, _ = draw(logits, masked, generator)
+        confidence = (logits.amax(-1) - logits.logsumexp(-1)).exp()
         sure = masked & (confidence >= self.config.threshold)
         reveal = sure | highest(confidence, masked, torch.ones_like(masked[:, 0], dtype=torch.long))
         return torch.where(reveal, sampled, tokens)
@@ -55,7 +56,8 @@ class EntropyBoundedSampler(AdaptiveSampler):
         # The entropy before each in ascending order: the sum of a set without its largest. The first has none.
         before = torch.cat([torch.zeros_like(ascending[:, :1]), ascending.cumsum(-1)[:, :-1]], dim=-1)
         reveal = masked & (before <= self.config.entropy_bound).gather(-1, order.argsort(-1))
-        return torch.where(reveal, sample_tokens(logits, generator), tokens)
+        sampled, _ = draw(logits, reveal, generator)
+        return torch.where(reveal, sampled, tokens)
 
 
 class FirstHittingSampler(AdaptiveSampler):
@@ -72,6 +74,6 @@ class FirstHittingSampler(AdaptiveSampler):
     def step(
         self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
     ) -> torch.Tensor:
-        sampled = sample_tokens(evaluate(tokens), generator)
         chosen = descending_rank(rand(*tokens.shape, generator=generator, device=tokens.device), masked) == 0
+        sampled, _ = draw(evaluate(tokens), chosen, generator)
         return torch.where(chosen, sampled, tokens)

@@ -10,8 +10,8 @@ from scipy.stats.qmc import Halton
 
 from teachers.corruption import scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
-from teachers.randomness import Generators, rand, sample_tokens
-from teachers.samplers.sampler import ScheduledSampler, check_schedule, descending_rank
+from teachers.randomness import Generators, rand
+from teachers.samplers.sampler import ScheduledSampler, check_schedule, descending_rank, draw
 
 
 class HaltonSampler(ScheduledSampler):
@@ -55,11 +55,11 @@ class HaltonSampler(ScheduledSampler):
         num_positions = positions.sum(-1)
 
         for step in range(num_steps):
-            logits = denoise(tokens, step / max(num_steps - 1, 1))
             share = 1 - scheduled_mask_ratio(self.config.schedule, (step + 1) / num_steps)
             num_revealed = (num_positions * share + 1e-4).floor().clamp(min=step + 1)
             now = positions & (tokens == mask_token_id) & (turn < num_revealed[:, None])
-            tokens = torch.where(now, sample_tokens(logits, generator), tokens)
+            sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), now, generator)
+            tokens = torch.where(now, sampled, tokens)
         return tokens
 
 

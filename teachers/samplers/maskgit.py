@@ -6,14 +6,14 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from teachers.guidance import GuidedDenoiser
-from teachers.randomness import Generators, rand, sample_tokens
+from teachers.randomness import Generators, rand
 from teachers.samplers.sampler import (
     ScheduledSampler,
     check_choice,
     check_schedule,
+    draw,
     gumbel_noise,
     highest,
-    log_probability,
     scheduled_num_masked,
 )
 
@@ -57,17 +57,16 @@ class MaskGITSampler(ScheduledSampler):
     ) -> torch.Tensor:
         config, num_positions = self.config, positions.sum(-1)
         for step in range(num_steps):
-            logits = denoise(tokens, step / max(num_steps - 1, 1))
-            sampled = sample_tokens(logits, generator)
+            masked = positions & (tokens == mask_token_id)
+            sampled, probability = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             if config.order == "confidence":
                 scale = config.choice_temperature
                 if config.choice_decay == "linear":
                     scale *= 1 - (step + 1) / num_steps
-                score = log_probability(logits, sampled) + scale * gumbel_noise(tokens, generator)
+                score = probability.log() + scale * gumbel_noise(tokens, generator)
             else:
                 score = rand(*tokens.shape, generator=generator, device=tokens.device)
 
-            masked = positions & (tokens == mask_token_id)
             num_reveal = masked.sum(-1) - scheduled_num_masked(num_positions, config.schedule, step, num_steps)
             tokens = torch.where(highest(score, masked, num_reveal), sampled, tokens)
         return tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from teachers.randomness import Generators, sample_tokens
-from teachers.samplers.sampler import AdaptiveSampler, Evaluate, check_range, descending_rank
+from teachers.randomness import Generators
+from teachers.samplers.sampler import AdaptiveSampler, Evaluate, check_range, descending_rank, draw
 
 
 class PUNTSampler(AdaptiveSampler):
@@ -34,7 +34,7 @@ class PUNTSampler(AdaptiveSampler):
         self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
     ) -> torch.Tensor:
         before = evaluate(tokens).log_softmax(-1)
-        candidates = sample_tokens(before, generator)
+        candidates, _ = draw(before, masked, generator)
         confidence = before.amax(-1)
         rank = descending_rank(confidence, masked)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from diffusers.configuration_utils import register_to_config
 
 from teachers.corruption import scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
-from teachers.randomness import Generators, rand, sample_tokens
-from teachers.samplers.sampler import Sampler, check_choice, check_range, check_schedule
+from teachers.randomness import Generators, rand
+from teachers.samplers.sampler import Sampler, check_choice, check_range, check_schedule, draw
 
 STRATEGIES = ("cap", "rescale")
 
@@ -51,15 +53,15 @@ class ReMDMSampler(Sampler):
         config = self.config
         shares = [1 - scheduled_mask_ratio(config.schedule, step / num_steps).item() for step in range(num_steps + 1)]
         shares[0], shares[-1] = 0.0, 1.0  # whatever rounding says
-        for step, (now, then) in enumerate(zip(shares[:-1], shares[1:], strict=True)):
+        for step, (now, then) in enumerate(pairwise(shares)):
             most = min(1.0, (1 - then) / now) if now > 0 else 1.0
             remask_probability = min(config.eta, most) if config.strategy == "cap" else config.eta * most
             reveal_probability = (then - (1 - remask_probability) * now) / (1 - now)
 
-            sampled = sample_tokens(denoise(tokens, step / max(num_steps - 1, 1)), generator)
-            masked = tokens == mask_token_id
+            masked = positions & (tokens == mask_token_id)
+            sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             uniform = rand(*tokens.shape, generator=generator, device=tokens.device)
-            reveal = positions & masked & (uniform < reveal_probability)
+            reveal = masked & (uniform < reveal_probability)
             remask = positions & ~masked & (uniform < remask_probability)
             tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, mask_token_id)
         return tokens

@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 
 from teachers.corruption import MASK_SCHEDULES, scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
-from teachers.randomness import Generators, rand, select_generators
+from teachers.randomness import Generators, invert_cumulative, rand, select_generators
 
 Evaluate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -180,8 +180,21 @@ def descending_rank(score: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     return order.argsort(-1)
 
 
+def draw(logits: torch.Tensor, masked: torch.Tensor, generator: Generators) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, L) drawn from logits (B, L, V) where masked, and the probability (B, L) of each; elsewhere 0."""
+    uniform = rand(*masked.shape, generator=generator, device=logits.device)
+    probabilities = logits[masked].softmax(-1)
+    # float64, as in `sample_tokens`.
+    drawn = invert_cumulative(probabilities.cumsum(-1, dtype=torch.float64), uniform[masked])
+    tokens = torch.zeros_like(masked, dtype=torch.long)
+    probability = torch.zeros_like(uniform)
+    tokens[masked] = drawn
+    probability[masked] = probabilities.gather(-1, drawn[:, None]).squeeze(-1)
+    return tokens, probability
+
+
 def log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[tokens] (B, L)."""
+    """log softmax(logits)[tokens] (...) for logits (..., V)."""
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 

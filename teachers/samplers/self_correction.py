@@ -6,12 +6,13 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from teachers.guidance import GuidedDenoiser
-from teachers.randomness import Generators, sample_tokens
+from teachers.randomness import Generators
 from teachers.samplers.sampler import (
     ScheduledSampler,
     check_choice,
     check_range,
     check_schedule,
+    draw,
     gumbel_noise,
     highest,
     log_probability,
@@ -75,13 +76,13 @@ class SelfCorrectionSampler(ScheduledSampler):
         for step in range(num_steps):
             progress = step / max(num_steps - 1, 1)
             logits = denoise(tokens, progress)
-            sampled = sample_tokens(logits, generator)
             masked = positions & (tokens == mask_token_id)
             revealed = positions & ~masked
+            sampled, sampled_probability = draw(logits, masked, generator)
             num_masked = scheduled_num_masked(num_positions, config.schedule, step, num_steps)
 
-            probability = log_probability(logits, torch.where(revealed, tokens, 0)).exp()
-            total, count = total + probability * revealed, count + revealed
+            total[revealed] += log_probability(logits[revealed], tokens[revealed]).exp()
+            count += revealed
             due = due + self.fraction(step, num_steps) * num_positions
             num_remask = (due + 1e-4).floor().long()
             due = due - num_remask
@@ -96,7 +97,7 @@ class SelfCorrectionSampler(ScheduledSampler):
 
             noise = config.choice_temperature * (1 - (step + 1) / num_steps) * gumbel_noise(tokens, generator)
             num_reveal = masked.sum(-1) - num_masked + num_remask
-            reveal = highest(log_probability(logits, sampled) + noise, masked, num_reveal)
+            reveal = highest(sampled_probability.log() + noise, masked, num_reveal)
             tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, mask_token_id)
             total, count = total.masked_fill(remask, 0), count.masked_fill(remask, 0)
         return tokens
@@ -120,6 +121,5 @@ def leave_one_out(
         left_out = revealed & (turn == index)
         rows = left_out.any(-1).nonzero().squeeze(-1)
         logits = denoise(tokens.masked_fill(left_out, mask_token_id)[rows], progress, rows)
-        known = torch.where(revealed[rows], tokens[rows], 0)
-        score[rows] += log_probability(logits, known) * left_out[rows]
+        score[left_out] = log_probability(logits[left_out[rows]], tokens[left_out])
     return score

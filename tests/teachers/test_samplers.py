@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import exact
 import pytest
 import torch
@@ -299,7 +301,7 @@ def test_fractions_of_a_token_add_up_over_the_steps():
     denoise = Recorder(torch.zeros(49, 9))
     sampler = SelfCorrectionSampler(20, "linear", window=(0.0, 1.0), fractions=(1 / 98,))  # half a token a step
     sampler(denoise, masks(1, 49, 9), 9, generator=torch.Generator().manual_seed(0))
-    remasked = sum(int(((now != 9) & (then == 9)).sum()) for now, then in zip(denoise.seen, denoise.seen[1:]))
+    remasked = sum(int(((now != 9) & (then == 9)).sum()) for now, then in pairwise(denoise.seen))
     assert remasked == 9  # 19 steps of a half, the last step masking none
 
 
@@ -321,7 +323,7 @@ def test_remasking_keeps_the_expected_share_of_masks(strategy, eta):
     shares = [(seen == 9).double().mean().item() for seen in denoise.seen]
     assert shares == pytest.approx([1 - step / 8 for step in range(8)], abs=0.02)
     assert (tokens != 9).all()
-    pairs = zip(denoise.seen, denoise.seen[1:], strict=False)
+    pairs = pairwise(denoise.seen)
     assert any(((now != 9) & (then == 9)).any() for now, then in pairs) == (eta > 0)
 
 
