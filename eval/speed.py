@@ -64,6 +64,33 @@ def measure_speed(
     return rows
 
 
+def sampler_overhead(pipeline: TokenPipeline, settings: dict[str, Any], batch_size: int) -> float:
+    """The share of the time to make tokens that is not spent in the denoiser."""
+    seconds, started = 0.0, 0.0
+
+    def now() -> float:
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize(pipeline.device)
+        return time.perf_counter()
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        started = now()
+
+    def stop(*_: Any) -> None:
+        nonlocal seconds
+        seconds += now() - started
+
+    call = _call(pipeline, batch_size, settings, decode=False)
+    hooks = [pipeline.denoiser.register_forward_pre_hook(start), pipeline.denoiser.register_forward_hook(stop)]
+    begin = now()
+    call()
+    total = now() - begin
+    for hook in hooks:
+        hook.remove()
+    return 1 - seconds / total
+
+
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [f"{'':20} {'batch':>6} {'NFE':>6} {'median ms':>10} {'p95 ms':>8} {'images/s':>9} {'peak MiB':>9}  what"]

@@ -260,7 +260,7 @@ class Quickstart:
 
     def samples(self, best: dict[str, Any]) -> dict[str, Any]:
         teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
-        title = f"Teacher, {best['steps']} steps ({best['nfe']} evaluations)"
+        title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
         return {
             title: image_grid(generate(teacher, 80, **best["settings"])[0], 10),
             "Student, one evaluation": image_grid(generate(student, 80)[0], 10),
