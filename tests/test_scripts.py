@@ -56,19 +56,19 @@ def test_from_run_to_samples_measurements_and_timings(command):
     best = min(rows[1:], key=lambda row: row["fd"])
     assert best in on_frontier
     assert json.loads(last)["best_teacher"] == best
-    assert (
-        type(MaskedDiffusionPipeline.from_pretrained("teacher").sampler).__name__ == best["sampler_settings"]["class"]
-    )
+    saved = MaskedDiffusionPipeline.from_pretrained("teacher").sampler
+    assert type(saved).__name__ == best["sampler_settings"]["class"]
     assert len(Path("frontier/frontier.csv").read_text().splitlines()) == 1 + len(rows)
     assert Path("frontier/frontier.html").exists()
 
     # What is measured is kept, and a line torn by an interruption is measured again.
     points = Path("frontier/points.jsonl")
-    lines = points.read_text().splitlines(keepends=True)
-    points.write_text("".join(lines[:-1]) + lines[-1][:50])
+    lines = points.read_text().splitlines()
+    points.write_text("\n".join(lines[:-1] + [lines[-1][:50]]))
     assert command("benchmark.py", "frontier", *arguments)[0] == 0
     again = json.loads(Path("frontier/frontier.json").read_text())["rows"]
     assert [row["fd"] for row in again] == [row["fd"] for row in rows]
+    assert len(points.read_text().splitlines()) == len(lines) + 1
 
 
 @pytest.mark.usefixtures("run")
