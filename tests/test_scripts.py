@@ -64,7 +64,7 @@ def test_from_run_to_samples_measurements_and_timings(command):
     # What is measured is kept, and a line torn by an interruption is measured again.
     points = Path("frontier/points.jsonl")
     lines = points.read_text().splitlines()
-    points.write_text("\n".join(lines[:-1] + [lines[-1][:50]]))
+    points.write_text("\n".join([*lines[:-1], lines[-1][:50]]))
     assert command("benchmark.py", "frontier", *arguments)[0] == 0
     again = json.loads(Path("frontier/frontier.json").read_text())["rows"]
     assert [row["fd"] for row in again] == [row["fd"] for row in rows]
