@@ -35,7 +35,7 @@ class HaltonSampler(ScheduledSampler):
         check_schedule(schedule)
         self.place = halton_order(tuple(token_grid)).argsort()  # (L,): when each position's turn comes
 
-    def reveal(
+    def fill(
         self,
         denoise: GuidedDenoiser,
         tokens: torch.Tensor,
@@ -54,6 +54,7 @@ class HaltonSampler(ScheduledSampler):
         turn = descending_rank(-place.float(), positions)
         num_positions = positions.sum(-1)
 
+        num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
             share = 1 - scheduled_mask_ratio(self.config.schedule, (step + 1) / num_steps)
             num_revealed = (num_positions * share + 1e-4).floor().clamp(min=step + 1)

@@ -46,7 +46,7 @@ class MaskGITSampler(ScheduledSampler):
         check_choice("order", order, ORDERS)
         check_choice("choice_decay", choice_decay, DECAYS)
 
-    def reveal(
+    def fill(
         self,
         denoise: GuidedDenoiser,
         tokens: torch.Tensor,
@@ -56,6 +56,7 @@ class MaskGITSampler(ScheduledSampler):
         generator: Generators,
     ) -> torch.Tensor:
         config, num_positions = self.config, positions.sum(-1)
+        num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
             masked = positions & (tokens == mask_token_id)
             sampled, probability = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)

@@ -11,7 +11,7 @@ from teachers.corruption import MASK_SCHEDULES, scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators, invert_cumulative, rand, select_generators
 
-Evaluate = Callable[[torch.Tensor], torch.Tensor]
+Evaluate = Callable[..., torch.Tensor]
 
 
 class Sampler(SchedulerMixin, ConfigMixin):
@@ -50,6 +50,7 @@ class Sampler(SchedulerMixin, ConfigMixin):
         return tokens
 
     def num_steps(self, num_inference_steps: int | None, length: int) -> int:
+        """The number of steps for images of so many tokens; a ValueError where it makes no sense."""
         raise NotImplementedError
 
     def fill(
@@ -61,7 +62,7 @@ class Sampler(SchedulerMixin, ConfigMixin):
         num_steps: int,
         generator: Generators,
     ) -> torch.Tensor:
-        """Fill in the masks at `positions` (B, L), all of them masked."""
+        """Fill in the `positions` (B, L), all of them masked, in `num_steps` at most; in fewer where they are fewer."""
         raise NotImplementedError
 
 
@@ -76,30 +77,6 @@ class ScheduledSampler(Sampler):
                 "reveals one at least"
             )
         return num_steps
-
-    def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
-        num_steps = min(num_steps, int(positions.sum(-1).max()))  # where some are given, there are fewer to reveal
-        return self.reveal(denoise, tokens, positions, mask_token_id, num_steps, generator)
-
-    def reveal(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """`fill` in no more steps than there are masks in any row."""
-        raise NotImplementedError
 
 
 class AdaptiveSampler(Sampler):

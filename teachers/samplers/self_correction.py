@@ -59,7 +59,7 @@ class SelfCorrectionSampler(ScheduledSampler):
         for fraction in fractions:
             check_range("a fraction", fraction, 0, 1)
 
-    def reveal(
+    def fill(
         self,
         denoise: GuidedDenoiser,
         tokens: torch.Tensor,
@@ -73,6 +73,7 @@ class SelfCorrectionSampler(ScheduledSampler):
         count = torch.zeros_like(tokens)
         due = torch.zeros_like(num_positions, dtype=torch.float32)
 
+        num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
             progress = step / max(num_steps - 1, 1)
             logits = denoise(tokens, progress)
