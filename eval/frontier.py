@@ -76,8 +76,9 @@ def measure_frontier(
 ) -> list[dict[str, Any]]:
     """A row for each sampler, setting and guidance scale, and for the student: what it costs and how good it is.
 
-    Temperature is tuned for each on one draw of images, the row is of another; `grid.num_steps` is not used. Rows are
-    kept in `cache` (a line each) under their settings and the `identity` of what is measured, and not measured twice.
+    The teacher's temperature is tuned for each on one draw of images, the row is of another; the student has the
+    temperature it was exported with. `grid.num_steps` is not used. Rows are kept in `cache` (a line each) under their
+    settings and the `identity` of what is measured, and not measured twice.
     """
     points: list[tuple[str, str, float, dict[str, Any]]] = [(STUDENT, "", 1.0, {})]
     pipelines: list[MaskedDiffusionPipeline | OneStepPipeline] = [student]
@@ -95,9 +96,10 @@ def measure_frontier(
     for (family, setting, guidance_scale, settings), pipeline in bar:
         key = json.dumps([family, guidance_scale, settings, asdict(grid) | {"guidance_scales": None}, identity])
         if key not in kept:
-            candidates = grid.student_settings()
-            if family != STUDENT:
-                candidates = [candidate | {"guidance_scale": guidance_scale} for candidate in candidates]
+            if family == STUDENT:
+                candidates = [{"temperature": student.config.temperature}]
+            else:
+                candidates = [{"guidance_scale": guidance_scale, **tried} for tried in grid.student_settings()]
             kept[key] = tune_and_measure(pipeline, candidates, reference, grid, f"{family}, {setting}")
             with cache.open("a") as file:
                 file.write("\n" + json.dumps({"key": key, "row": kept[key]}))  # below a line that was torn

@@ -130,7 +130,7 @@ def frontier(arguments: argparse.Namespace) -> None:
     student_row = rows[0]
     protocol = {
         "Images": f"{grid.num_report_images} for every row, against {len(reference.real_features)} of {data.name}; "
-        f"temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
+        f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
         "Features": reference.features.name,
         "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {SPEED_BATCH_SIZE}, images decoded; "
         + ", ".join(f"{key} {value}" for key, value in machine(arguments.device).items()),

@@ -85,6 +85,10 @@ def maskgit_parts(arguments: argparse.Namespace):
     return denoiser, tokenizer, {"denoiser": transformer.sha256, "tokenizer": vq.sha256}
 
 
+# The authors' guidance of their sizes tiny, small, base and large, by hidden size.
+HALTON_GUIDANCE = {384: 2.5, 512: 2.0, 768: 1.7, 1024: 1.5}
+
+
 def halton_maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dict[str, str]]:
     transformer, vq = read_checkpoint(arguments.transformer), read_checkpoint(arguments.vqvae)
     denoiser = convert_halton_maskgit(transformer, arguments.num_attention_heads)
@@ -95,7 +99,8 @@ def halton_maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeli
             "they do not belong together"
         )
     sampler = HaltonSampler(denoiser.config.token_grid, num_inference_steps=32)
-    pipeline = MaskedDiffusionPipeline(denoiser, tokenizer, sampler, guidance_scale=2.0)
+    guidance_scale = HALTON_GUIDANCE.get(denoiser.config.hidden_size, 2.0)
+    pipeline = MaskedDiffusionPipeline(denoiser, tokenizer, sampler, guidance_scale=guidance_scale)
     return pipeline, {"denoiser": transformer.sha256, "tokenizer": vq.sha256}
 
 
