@@ -19,7 +19,7 @@ from teachers.network import MaskGITTransformer
 from teachers.objective import MaskedDiffusionObjective
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.randomness import derive_seed
-from teachers.sampler import ORDERS, MaskGITSampler
+from teachers.samplers.maskgit import ORDERS, MaskGITSampler
 from teachers.token_cache import TokenCache, load_token_cache
 from teachers.tokenizer import PatchTokenizer
 
@@ -66,10 +66,7 @@ class SamplerConfig:
     num_inference_steps: int = setting(16, "network calls")
     schedule: str = setting("arccos", "share still masked after each step: arccos, cosine, linear, square")
     order: str = setting("confidence", "which tokens are kept at each step: the most confident, or random ones")
-    choice_temperature: float = setting(4.5, "Gumbel noise on the confidence")
-    temperature: float = setting(1.0, "of the tokens")
-    guidance_scale: float = setting(1.0, "u + s (c - u); 1 is no guidance")
-    guidance_ramp: str = setting("constant", "constant, or linear over the steps")
+    choice_temperature: float = setting(4.5, "Gumbel noise on the confidence, fading out over the steps")
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:

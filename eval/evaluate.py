@@ -33,21 +33,21 @@ def generate(
     batch_size: int = 500,
     description: str | None = None,
     **settings,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Images (N, C, H, W), labels (N,) that go round the classes, and the NFE per image.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
     """
     labels = torch.arange(num_images) % pipeline.num_classes
-    images, nfe = [], 0
+    images, evaluations = [], 0.0
     starts = range(0, num_images, batch_size)
     for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
         chosen = labels[start : start + batch_size]
         generators = sample_generators("generate", seed, places=range(start, start + len(chosen)))
         output = pipeline(class_labels=chosen, generator=generators, output_type="pt", **settings)
         images.append(output.images.cpu())
-        nfe = output.nfe
-    return torch.cat(images), labels, nfe
+        evaluations += output.nfe * len(chosen)
+    return torch.cat(images), labels, evaluations / num_images
 
 
 class Reference:

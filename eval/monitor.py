@@ -9,6 +9,7 @@ import torch
 
 from eval.classifier import ClassifierFeatures
 from eval.evaluate import Reference, generate
+from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
@@ -84,11 +85,15 @@ def real_images(data: DataConfig) -> torch.Tensor:
     return load_data(replace(data, split="all") if data.name == "digits" else data).images()
 
 
-def reference_for(data: DataConfig, classifier_folder: Path) -> Reference:
-    """The real images, seen through a classifier that is trained on the data and kept in the folder.
+def reference_for(
+    data: DataConfig, classifier_folder: Path, features: str = "classifier", inception_path: Path | None = None
+) -> Reference:
+    """The real images, seen through a classifier that is trained on the data and kept in the folder, or "inception".
 
-    Its accuracy is that on a held-out tenth of the split; of the digits, on their test split.
+    The classifier's accuracy is that on a held-out tenth of the split; of the digits, on their test split.
     """
+    if features == "inception":
+        return Reference(InceptionFeatures(inception_path), real_images(data))
     if data.name == "digits":
         train, test = load_data(replace(data, split="train")), load_data(replace(data, split="test"))
     else:

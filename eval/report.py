@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
+MARKERS = "os^vDPXph<"
 
 
 def write_report(
@@ -71,6 +72,60 @@ def quality_plot(summary: dict[str, Any]) -> PIL.Image.Image:
         buffer = io.BytesIO()
         figure.savefig(buffer)
     return PIL.Image.open(buffer)
+
+
+def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PIL.Image.Image:
+    """Distance against evaluations and against speed: a colour for each sampler, the frontier, the student's point."""
+    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK}):
+        figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        samplers = list(dict.fromkeys(row["sampler"] for row in rows if row["sampler"] != student))
+        for axes, cost, label in [
+            (panels[0], "nfe", "network evaluations per image"),
+            (panels[1], "images_per_second", "images per second"),
+        ]:
+            for number, sampler in enumerate(samplers):
+                points = [row for row in rows if row["sampler"] == sampler]
+                axes.plot(
+                    [row[cost] for row in points],
+                    [row[distance] for row in points],
+                    MARKERS[number % len(MARKERS)],
+                    color=matplotlib.colormaps["tab10"](number % 10),
+                    label=sampler,
+                    alpha=0.8,
+                )
+            frontier = sorted((row[cost], row[distance]) for row in rows if row["on_frontier"])
+            axes.plot(*zip(*frontier, strict=True), color=INK, linewidth=1, zorder=0, label="the teacher's frontier")
+            (point,) = (row for row in rows if row["sampler"] == student)
+            axes.plot(point[cost], point[distance], "*", markersize=18, color=STUDENT, label=student)
+            axes.set_xscale("log", base=2 if cost == "nfe" else 10)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(f"{distance.upper()} (lower is better)")
+        panels[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        buffer = io.BytesIO()
+        figure.savefig(buffer)
+    return PIL.Image.open(buffer)
+
+
+def write_frontier_page(
+    path: Path, rows: list[dict[str, Any]], plot: PIL.Image.Image, distance: str, student: str, protocol: dict[str, Any]
+) -> None:
+    """Write the frontier as one page: the plot, a table of every setting, the protocol."""
+    environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
+    page = environment.get_template("frontier.html.jinja").render(
+        rows=sorted(rows, key=lambda row: row[distance]),
+        plot=_data_uri(plot),
+        distance=distance,
+        student=student,
+        protocol=protocol,
+    )
+    path.write_text(page)
 
 
 def side_by_side(pictures: dict[str, PIL.Image.Image]) -> PIL.Image.Image:

@@ -64,24 +64,51 @@ def measure_speed(
     return rows
 
 
+def sampler_overhead(pipeline: TokenPipeline, settings: dict[str, Any], batch_size: int) -> float:
+    """The share of the time to make tokens that is not spent in the denoiser."""
+    seconds, started = 0.0, 0.0
+
+    def now() -> float:
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize(pipeline.device)
+        return time.perf_counter()
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        started = now()
+
+    def stop(*_: Any) -> None:
+        nonlocal seconds
+        seconds += now() - started
+
+    call = _call(pipeline, batch_size, settings, decode=False)
+    hooks = [pipeline.denoiser.register_forward_pre_hook(start), pipeline.denoiser.register_forward_hook(stop)]
+    begin = now()
+    call()
+    total = now() - begin
+    for hook in hooks:
+        hook.remove()
+    return 1 - seconds / total
+
+
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'':20} {'batch':>6} {'NFE':>4} {'median ms':>10} {'p95 ms':>8} {'images/s':>9} {'peak MiB':>9}  what"]
+    lines = [f"{'':20} {'batch':>6} {'NFE':>6} {'median ms':>10} {'p95 ms':>8} {'images/s':>9} {'peak MiB':>9}  what"]
     for row in rows:
         lines.append(
-            f"{row['name']:20} {row['batch_size']:6} {row['nfe']:4} {1e3 * row['seconds_median']:10.2f} "
+            f"{row['name']:20} {row['batch_size']:6} {row['nfe']:6.1f} {1e3 * row['seconds_median']:10.2f} "
             f"{1e3 * row['seconds_p95']:8.2f} {row['images_per_second']:9.0f} {row['peak_memory_mib']:9.0f}  "
             + ("with decoding" if row["decode"] else "generator alone")
         )
     return "\n".join(lines)
 
 
-def _call(pipeline: TokenPipeline, batch_size: int, settings: dict[str, Any], decode: bool) -> Callable[[], int]:
+def _call(pipeline: TokenPipeline, batch_size: int, settings: dict[str, Any], decode: bool) -> Callable[[], float]:
     labels = torch.arange(batch_size) % pipeline.num_classes
     generator = torch.Generator(pipeline.device).manual_seed(0)
     output_type = "pt" if decode else "tokens"
 
-    def call() -> int:
+    def call() -> float:
         output = pipeline(class_labels=labels, generator=generator, output_type=output_type, **settings)
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize(pipeline.device)

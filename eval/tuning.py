@@ -36,9 +36,16 @@ class Grid:
 
 
 def tune_and_measure(
-    pipeline: TokenPipeline, candidates: list[dict[str, Any]], reference: Reference, grid: Grid, name: str
+    pipeline: TokenPipeline,
+    candidates: list[dict[str, Any]],
+    reference: Reference,
+    grid: Grid,
+    name: str,
+    least_class_consistency: float = 0.0,
 ) -> dict[str, Any]:
     """The candidate with the lowest Fréchet distance on the tuning draw, measured in full on the report draw.
+
+    Only candidates that reach the class consistency on the tuning draw are considered, unless none does.
 
     Returns {"settings", "nfe", measures ..., "tuning": [{settings ..., measures ...} for each candidate]}.
     """
@@ -50,7 +57,12 @@ def tune_and_measure(
             pipeline, grid.num_tuning_images, seed=TUNING_SEED, description=description, **settings
         )
         tuning.append(settings | reference.quick(images, labels))
-    best = min(range(len(candidates)), key=lambda number: tuning[number][distance])
+    allowed = [
+        number
+        for number, measures in enumerate(tuning)
+        if measures.get("class_consistency", 1.0) >= least_class_consistency
+    ]
+    best = min(allowed or range(len(candidates)), key=lambda number: tuning[number][distance])
     images, labels, nfe = generate(
         pipeline, grid.num_report_images, seed=REPORT_SEED, description=f"{name}: measuring", **candidates[best]
     )

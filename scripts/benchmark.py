@@ -1,42 +1,88 @@
-"""Time a one-step student against its teacher.
+"""Time a one-step student against its teacher, or draw the frontier of the teacher's samplers beside the student.
 
-    python scripts/benchmark.py --teacher runs/digits/teacher/pipeline --student runs/digits/one-step
+    python scripts/benchmark.py sample --teacher runs/digits/teacher/pipeline --student runs/digits/one-step
+    python scripts/benchmark.py frontier --teacher runs/digits/teacher/pipeline --student runs/digits/one-step \\
+        --output runs/digits/frontier
 
 The last line of stdout is one JSON object.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distill.command import run
+from distill.config import load_config
+from eval.frontier import (
+    SPEED_BATCH_SIZE,
+    SPEED_ROUNDS,
+    STUDENT,
+    measure_frontier,
+    samplers_to_try,
+    write_csv,
+)
+from eval.monitor import reference_for
+from eval.report import frontier_plot, write_frontier_page
 from eval.speed import measure_speed, speed_table
+from eval.tuning import Grid
 from students.loading import load_pipeline
+from teachers import samplers
+from teachers.data import DataConfig
 
 STEPS = [1, 2, 4, 8, 16, 32]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a one-step student against its teacher.")
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of a MaskedDiffusionPipeline")
-    parser.add_argument("--student", type=Path, required=True, help="folder of a OneStepPipeline")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of the teacher")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="of the teacher; above 1 counts twice")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 256])
-    parser.add_argument("--num-repeats", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run(lambda: benchmark(parser.parse_args()))
+    parser = argparse.ArgumentParser(description="Speed, and quality against compute, of a student and its teacher.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, function, text in [
+        ("sample", sample, "time a student against its teacher"),
+        ("frontier", frontier, "quality against compute of every sampler of the teacher, and of the student"),
+    ]:
+        options = kinds.add_parser(kind, help=text, description=text.capitalize() + ".")
+        options.set_defaults(function=function)
+        options.add_argument("--teacher", type=Path, required=True, help="folder of a MaskedDiffusionPipeline")
+        options.add_argument("--student", type=Path, required=True, help="folder of a OneStepPipeline")
+        options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_sample_options(kinds.choices["sample"])
+    add_frontier_options(kinds.choices["frontier"])
+    arguments = parser.parse_args()
+    run(lambda: arguments.function(arguments))
 
 
-def benchmark(arguments: argparse.Namespace) -> None:
+def add_sample_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--steps", type=int, nargs="+", help="of the teacher; default: 1 to 32, as its tokens allow")
+    options.add_argument("--guidance-scale", type=float, default=1.0, help="of the teacher; above 1 counts twice")
+    options.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 256])
+    options.add_argument("--num-repeats", type=int, default=10)
+
+
+def add_frontier_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--output", type=Path, required=True, help="folder; run again, it goes on where it stopped")
+    options.add_argument("--data", nargs="+", default=[], metavar="key=value", help="the real images, e.g. name=folder")
+    options.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
+    options.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
+    options.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    options.add_argument("--samplers", nargs="+", metavar="NAME", help="some of them; default: all")
+    options.add_argument("--guidance-scales", type=float, nargs="+", default=[1.0, 1.25])
+    options.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6])
+    options.add_argument("--num-tuning-images", type=int, default=1000)
+    options.add_argument("--num-report-images", type=int, default=2000)
+    options.add_argument("--save-best", action="store_true", help="make the best setting the teacher folder's default")
+
+
+def sample(arguments: argparse.Namespace) -> None:
     teacher = load_pipeline(arguments.teacher).to(arguments.device)
     student = load_pipeline(arguments.student).to(arguments.device)
     candidates = {"student": (student, {})}
-    for steps in arguments.steps:
+    for steps in arguments.steps or [steps for steps in STEPS if steps <= teacher.sequence_length]:
         settings = {"num_inference_steps": steps, "guidance_scale": arguments.guidance_scale}
         candidates[f"teacher, {steps} steps"] = (teacher, settings)
     rows = []
@@ -45,16 +91,90 @@ def benchmark(arguments: argparse.Namespace) -> None:
             candidates, batch_sizes=arguments.batch_sizes, num_repeats=arguments.num_repeats, decode=decode
         )
     print(speed_table(rows))
-    protocol = {
-        "device": torch.cuda.get_device_name()
-        if arguments.device.startswith("cuda")
-        else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "num_repeats": arguments.num_repeats,
-        "torch": torch.__version__,
+    print(json.dumps({"rows": rows, "protocol": machine(arguments.device) | {"num_repeats": arguments.num_repeats}}))
+
+
+def machine(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "CPU"
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def frontier(arguments: argparse.Namespace) -> None:
+    data = load_config(DataConfig, overrides=arguments.data)
+    teacher = load_pipeline(arguments.teacher).to(arguments.device)
+    student = load_pipeline(arguments.student).to(arguments.device)
+    chosen = samplers_to_try(teacher.token_grid)
+    unknown = set(arguments.samplers or []) - set(chosen)
+    if unknown:
+        raise ValueError(f"there is no sampler {min(unknown)!r}; choose from {', '.join(chosen)}")
+    chosen = {name: chosen[name] for name in arguments.samplers or chosen}
+    grid = Grid(
+        tuple(arguments.temperatures),
+        tuple(arguments.guidance_scales),
+        (),
+        arguments.num_tuning_images,
+        arguments.num_report_images,
+    )
+    reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "teacher": digest(arguments.teacher),
+        "student": digest(arguments.student),
+        "data": data.name,
+        "features": reference.features.name,
     }
-    print(json.dumps({"rows": rows, "protocol": protocol}))
+    rows = measure_frontier(teacher, student, chosen, reference, grid, arguments.output / "points.jsonl", identity)
+
+    distance = reference.features.distance_names[0]
+    best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])
+    student_row = rows[0]
+    protocol = {
+        "Images": f"{grid.num_report_images} for every row, against {len(reference.real_features)} of {data.name}; "
+        f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
+        "Features": reference.features.name,
+        "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {SPEED_BATCH_SIZE}, images decoded; "
+        + ", ".join(f"{key} {value}" for key, value in machine(arguments.device).items()),
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "clean-fid")),
+    }
+    plot = frontier_plot(rows, distance, STUDENT)
+    plot.save(arguments.output / "frontier.png")
+    write_frontier_page(arguments.output / "frontier.html", rows, plot, distance, STUDENT, protocol)
+    write_csv(rows, arguments.output / "frontier.csv")
+    summary = {
+        "student": student_row,
+        "best_teacher": best,
+        "ratio": student_row[distance] / best[distance],
+        "speedup": student_row["images_per_second"] / best["images_per_second"],
+        "protocol": protocol,
+    }
+    (arguments.output / "frontier.json").write_text(json.dumps({"rows": rows, **summary}, indent=2))
+    for row in sorted(rows, key=lambda row: row["nfe"]):
+        if row["on_frontier"] or row is student_row:
+            guidance = f"guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            print(f"{row['sampler']:32}{row['setting']:16}{guidance:14}NFE {row['nfe']:6.1f}  {row[distance]:8.3f}")
+    if arguments.save_best:
+        save_default(arguments.teacher, best)
+    print(f"\npage: {arguments.output / 'frontier.html'}")
+    print(json.dumps(summary))
+
+
+def save_default(folder: Path, row: dict[str, Any]) -> None:
+    """Make a row's sampler, guidance and temperature the defaults of the pipeline in the folder."""
+    teacher = load_pipeline(folder)
+    settings = dict(row["sampler_settings"])
+    sampler = getattr(samplers, settings.pop("class"))(**settings)
+    teacher.register_modules(sampler=sampler)
+    teacher.register_to_config(guidance_scale=row["guidance_scale"], temperature=row["temperature"])
+    sampler.save_pretrained(folder / "sampler")
+    teacher.save_config(folder)
+
+
+def digest(folder: Path) -> str:
+    """Of a pipeline's weights."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from teachers.folder import new_folder, stamp
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.released import find_file, read_checkpoint
 from teachers.released_sizes import RELEASED, random_pipeline
-from teachers.sampler import MaskGITSampler
+from teachers.samplers import HaltonSampler, MaskGITSampler
 
 
 def main() -> None:
@@ -57,10 +57,9 @@ def maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dic
     sampler = MaskGITSampler(
         num_inference_steps=15 if large else 8,
         choice_temperature=7.0 if large else 4.5,
-        guidance_scale=3.8 if large else 4.0,
-        guidance_ramp="linear",
     )
-    return MaskedDiffusionPipeline(denoiser, tokenizer, sampler), sources
+    guidance = {"guidance_scale": 3.8 if large else 4.0, "guidance_ramp": "linear"}
+    return MaskedDiffusionPipeline(denoiser, tokenizer, sampler, **guidance), sources
 
 
 def maskgit_student(arguments: argparse.Namespace) -> tuple[OneStepPipeline, dict[str, str]]:
@@ -86,6 +85,10 @@ def maskgit_parts(arguments: argparse.Namespace):
     return denoiser, tokenizer, {"denoiser": transformer.sha256, "tokenizer": vq.sha256}
 
 
+# The authors' guidance of their sizes tiny, small, base and large, by hidden size.
+HALTON_GUIDANCE = {384: 2.5, 512: 2.0, 768: 1.7, 1024: 1.5}
+
+
 def halton_maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dict[str, str]]:
     transformer, vq = read_checkpoint(arguments.transformer), read_checkpoint(arguments.vqvae)
     denoiser = convert_halton_maskgit(transformer, arguments.num_attention_heads)
@@ -95,8 +98,9 @@ def halton_maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeli
             f"{transformer.path} knows {denoiser.config.codebook_size} tokens and {vq.path} {tokenizer.codebook_size}; "
             "they do not belong together"
         )
-    sampler = MaskGITSampler(num_inference_steps=32, order="random", guidance_scale=2.0)
-    pipeline = MaskedDiffusionPipeline(denoiser, tokenizer, sampler)
+    sampler = HaltonSampler(denoiser.config.token_grid, num_inference_steps=32)
+    guidance_scale = HALTON_GUIDANCE.get(denoiser.config.hidden_size, 2.0)
+    pipeline = MaskedDiffusionPipeline(denoiser, tokenizer, sampler, guidance_scale=guidance_scale)
     return pipeline, {"denoiser": transformer.sha256, "tokenizer": vq.sha256}
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from distill.command import run
 from distill.config import load_config
-from eval.evaluate import Reference, generate
-from eval.inception import InceptionFeatures
-from eval.monitor import real_images, reference_for
+from eval.evaluate import generate
+from eval.monitor import reference_for
 from students.loading import load_pipeline
 from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
@@ -44,10 +43,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         settings["num_inference_steps"] = arguments.num_inference_steps
         settings["guidance_scale"] = arguments.guidance_scale
 
-    if arguments.features == "inception":
-        reference = Reference(InceptionFeatures(arguments.inception_path), real_images(data))
-    else:
-        reference = reference_for(data, arguments.classifier)
+    reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
     images, labels, nfe = generate(
         pipeline, arguments.num_images, seed=arguments.seed, description="generating", **settings
     )

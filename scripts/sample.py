@@ -38,7 +38,7 @@ def sample(arguments: argparse.Namespace) -> None:
     output = pipeline(class_labels=labels, generator=generator, output_type="pt", **settings)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(output.images, len(columns)).save(arguments.output)
-    print(f"wrote {arguments.output}: {len(labels)} images, {output.nfe} network evaluations each")
+    print(f"wrote {arguments.output}: {len(labels)} images, {output.nfe:g} network evaluations each")
 
 
 if __name__ == "__main__":

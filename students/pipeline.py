@@ -59,4 +59,4 @@ class OneStepPipeline(TokenPipeline):
             top_k=self.config.top_k if top_k is None else top_k,
             top_p=self.config.top_p if top_p is None else top_p,
         )
-        return self._output(tokens, 1, output_type, return_dict)
+        return self._output(tokens, 1.0, output_type, return_dict)

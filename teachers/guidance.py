@@ -6,34 +6,55 @@ import torch
 from torch import nn
 
 from teachers.condition import Condition
+from teachers.randomness import shape_logits
 
 
-def guide(denoiser: nn.Module, tokens: torch.Tensor, condition: Condition, guidance_scale: float) -> torch.Tensor:
-    """Guided logits u + s (c - u) (B, L, V) from one concatenated forward; s = 1 is the plain conditional forward."""
-    if guidance_scale == 1:
-        return denoiser(tokens, condition)
+def guide(
+    denoiser: nn.Module, tokens: torch.Tensor, condition: Condition, guidance_scale: float | torch.Tensor
+) -> torch.Tensor:
+    """Guided logits u + s (c - u) (B, L, V) from one concatenated forward; s = 1 is the plain conditional forward.
+
+    The scale is one number, or a tensor (B,) with one for each sample.
+    """
+    if not isinstance(guidance_scale, torch.Tensor):
+        if guidance_scale == 1:
+            return denoiser(tokens, condition)
+    else:
+        guidance_scale = guidance_scale[:, None, None]
     both = Condition.concatenate([condition, condition.null()])
     conditional, unconditional = denoiser(torch.cat([tokens, tokens]), both).chunk(2)
     return torch.lerp(unconditional, conditional, guidance_scale)
 
 
 class GuidedDenoiser:
-    """What a sampler calls: tokens and progress in, guided logits out, evaluations counted.
+    """What a sampler calls: the logits that tokens are drawn from, and the count of evaluations spent on each sample.
 
-    `nfe` counts network evaluations per sample; a guided one counts twice. A ramp "linear" goes from no guidance at
-    progress 0 to `guidance_scale` at progress 1, as MaskGIT samplers do; "constant" stays at it.
+    Args:
+        guidance_scale, ramp: "constant" guidance, or "linear", from none at progress 0 to `guidance_scale` at 1.
+        shape: temperature, top_k and top_p, as in `shape_logits`.
     """
 
-    def __init__(self, denoiser: nn.Module, condition: Condition, guidance_scale: float, ramp: str = "constant"):
+    def __init__(
+        self, denoiser: nn.Module, condition: Condition, guidance_scale: float = 1.0, ramp: str = "constant", **shape
+    ):
         self.denoiser = denoiser
         self.condition = condition
         self.guidance_scale = guidance_scale
         self.ramp = ramp
-        self.nfe = 0
+        self.shape = shape
+        self.nfe = torch.zeros(len(condition), dtype=torch.long)
 
-    def __call__(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        scale = self.guidance_scale
-        if self.ramp == "linear":
+    def __call__(
+        self, tokens: torch.Tensor, progress: float | torch.Tensor = 0.0, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shaped logits (R, L, V) for tokens (R, L) of the samples in `rows` (R,), or of the whole batch.
+
+        Progress is 0 at the first step and 1 at the last, one number or a tensor (R,). A guided evaluation counts as
+        two, and each sample's are counted in `nfe` (B,).
+        """
+        rows = torch.arange(len(self.condition), device=tokens.device) if rows is None else rows
+        scale: float | torch.Tensor = self.guidance_scale
+        if self.ramp == "linear" and scale != 1:
             scale = 1 + (scale - 1) * progress
-        self.nfe += 1 if scale == 1 else 2
-        return guide(self.denoiser, tokens, self.condition, scale)
+        self.nfe[rows.cpu()] += 1 if isinstance(scale, float | int) and scale == 1 else 2
+        return shape_logits(guide(self.denoiser, tokens, self.condition.select(rows), scale), **self.shape)

@@ -16,7 +16,7 @@ from teachers.guidance import GuidedDenoiser, guide
 from teachers.halton_network import HaltonMaskGITTransformer
 from teachers.network import MaskGITTransformer
 from teachers.randomness import Generators
-from teachers.sampler import MaskGITSampler
+from teachers.samplers.sampler import Sampler
 from teachers.tokenizer import PatchTokenizer
 from teachers.vq import VQTokenizer
 
@@ -28,14 +28,14 @@ OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 @dataclass
 class MaskedDiffusionOutput(BaseOutput):
-    """The images, the tokens (B, L) they were decoded from, and the network evaluations spent on each.
+    """The images, the tokens (B, L) they were decoded from, and the network evaluations per image (the mean).
 
     With `output_type="tokens"` nothing is decoded and `images` are the tokens.
     """
 
     images: list[PIL.Image.Image] | torch.Tensor | np.ndarray
     tokens: torch.Tensor
-    nfe: int
+    nfe: float
 
 
 class TokenPipeline(DiffusionPipeline):
@@ -88,7 +88,7 @@ class TokenPipeline(DiffusionPipeline):
         """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
         return self.tokenizer.decode(tokens)
 
-    def _output(self, tokens: torch.Tensor, nfe: int, output_type: str, return_dict: bool):
+    def _output(self, tokens: torch.Tensor, nfe: float, output_type: str, return_dict: bool):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known; choose from {', '.join(OUTPUT_TYPES)}")
         images = tokens if output_type == "tokens" else self.decode(tokens)
@@ -102,13 +102,34 @@ class TokenPipeline(DiffusionPipeline):
 
 
 class MaskedDiffusionPipeline(TokenPipeline):
-    """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`."""
+    """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`.
 
-    sampler: MaskGITSampler
+    The settings are the defaults for drawing tokens, saved with the pipeline: `guidance_scale` s in u + s (c - u),
+    `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`.
+    """
 
-    def __init__(self, denoiser: Denoiser, tokenizer: ImageTokenizer, sampler: MaskGITSampler):
+    sampler: Sampler
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        tokenizer: ImageTokenizer,
+        sampler: Sampler,
+        guidance_scale: float = 1.0,
+        guidance_ramp: str = "constant",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, sampler=sampler)
+        self.register_to_config(
+            guidance_scale=guidance_scale,
+            guidance_ramp=guidance_ramp,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
         """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
@@ -128,22 +149,22 @@ class MaskedDiffusionPipeline(TokenPipeline):
     ) -> MaskedDiffusionOutput | tuple:
         """Generate one image per class label.
 
-        What is not given is the sampler's default (`pipe.sampler.config`). A list of generators, one per image, makes
-        each image independent of the batch that it is made in.
+        What is not given is the default of the sampler (`pipe.sampler.config`) or the pipeline (`pipe.config`). A list
+        of generators, one per image, makes each image independent of the batch that it is made in.
         """
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}; at least 1 is needed")
+        config = self.config
         condition = self.encode_condition(class_labels)
-        if guidance_scale is None:
-            guidance_scale = self.sampler.config.guidance_scale
-        denoise = GuidedDenoiser(self.denoiser, condition, guidance_scale, self.sampler.config.guidance_ramp)
+        denoise = GuidedDenoiser(
+            self.denoiser,
+            condition,
+            config.guidance_scale if guidance_scale is None else guidance_scale,
+            config.guidance_ramp,
+            temperature=config.temperature if temperature is None else temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
         tokens = torch.full((len(condition), self.sequence_length), self.mask_token_id, device=self.device)
         tokens = self.sampler(
-            denoise,
-            tokens,
-            self.mask_token_id,
-            num_inference_steps=num_inference_steps,
-            temperature=temperature,
-            generator=generator,
+            denoise, tokens, self.mask_token_id, num_inference_steps=num_inference_steps, generator=generator
         )
-        return self._output(tokens, denoise.nfe, output_type, return_dict)
+        return self._output(tokens, denoise.nfe.double().mean().item(), output_type, return_dict)

@@ -23,6 +23,11 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def select_generators(generator: Generators, rows: torch.Tensor) -> Generators:
+    """The generators of some samples (rows (R,) int64) of the batch; one that the whole batch shares stays as it is."""
+    return [generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator
+
+
 def rand(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniform numbers in [0, 1) of the shape, whose first axis is the batch."""
     return _draw(torch.rand, shape, generator, device)
@@ -48,34 +53,38 @@ def sample_cumulative(cumulative: torch.Tensor, generator: Generators) -> torch.
 
     cumulative (B, ..., V), non-decreasing along V -> (B, ...) int64; an index of zero probability is never drawn.
     """
-    uniform = rand(*cumulative.shape[:-1], 1, generator=generator, device=cumulative.device)
-    threshold = uniform.to(cumulative.dtype) * cumulative[..., -1:]
+    return invert_cumulative(cumulative, rand(*cumulative.shape[:-1], generator=generator, device=cumulative.device))
+
+
+def invert_cumulative(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The index (...) at which uniform numbers (...) in [0, 1) fall in cumulative probabilities (..., V)."""
+    threshold = uniform[..., None].to(cumulative.dtype) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
-def sample_tokens(
-    logits: torch.Tensor,
-    generator: Generators = None,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> torch.Tensor:
-    """Draw a token at every position from softmax(logits / temperature), cut to the top-k and then the top-p.
+def shape_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Float32 logits (..., V) of softmax(logits / temperature), cut to the top-k and then the top-p.
 
-    logits (B, L, V) -> tokens (B, L). Temperature 0 takes the most probable token; top_k 0 and top_p 1 cut nothing.
+    What is cut is -inf. Temperature 0 leaves the most probable token alone; top_k 0 and top_p 1 cut nothing.
     """
+    logits = logits.float()
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
+        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0)
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         lowest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < lowest_kept, -torch.inf)
-    probabilities = logits.softmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        ordered, order = logits.softmax(-1).sort(descending=True)
         # A token goes when those before it hold top_p already, so that the first always stays.
         cut = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.masked_fill(cut.gather(-1, order.argsort(-1)), 0)
+        logits = logits.masked_fill(cut.gather(-1, order.argsort(-1)), -torch.inf)
+    return logits
+
+
+def sample_tokens(logits: torch.Tensor, generator: Generators = None, **shape) -> torch.Tensor:
+    """Draw a token at every position from logits (B, L, V), shaped as `shape_logits` says -> (B, L) int64."""
+    probabilities = shape_logits(logits, **shape).softmax(-1)
     # float64: a float32 uniform times a float64 sum stays below the sum, and small probabilities keep their share.
     return sample_cumulative(probabilities.cumsum(-1, dtype=torch.float64), generator)

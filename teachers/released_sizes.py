@@ -7,7 +7,7 @@ import torch
 from teachers.halton_network import HaltonMaskGITTransformer
 from teachers.network import MaskGITTransformer
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.sampler import MaskGITSampler
+from teachers.samplers import MaskGITSampler
 from teachers.vq import VQTokenizer
 
 NUM_CLASSES = 1000

@@ -68,3 +68,24 @@ class ExactDenoiser(nn.Module):
         agrees = (tokens[:, None] == self.states) | (tokens[:, None] == self.mask_token_id)
         weights = agrees.all(-1) * self.joint  # (B, V^L)
         return torch.einsum("bs,slv->blv", weights, self.one_hot).clamp(min=1e-12).log()
+
+
+class PairDenoiser(nn.Module):
+    """Independent pairs of neighbouring tokens, the second a copy of the first with p = SAME: logits (B, L, V)."""
+
+    mask_token_id = CODEBOOK_SIZE
+    SAME = 0.9
+
+    def forward(self, tokens: torch.Tensor, condition: Condition, perturb=None) -> torch.Tensor:
+        partner = tokens.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        other = (1 - self.SAME) / (CODEBOOK_SIZE - 1)
+        conditional = torch.full((CODEBOOK_SIZE + 1, CODEBOOK_SIZE), other)
+        conditional.fill_diagonal_(self.SAME)
+        conditional[CODEBOOK_SIZE] = 1 / CODEBOOK_SIZE
+        return conditional.log()[partner]
+
+    @classmethod
+    def joint(cls) -> torch.Tensor:
+        """The probability of each pair, (V V,)."""
+        table = torch.full((CODEBOOK_SIZE, CODEBOOK_SIZE), (1 - cls.SAME) / (CODEBOOK_SIZE - 1))
+        return table.fill_diagonal_(cls.SAME).flatten() / CODEBOOK_SIZE

@@ -7,6 +7,9 @@ import PIL.Image
 import pytest
 
 from students import OneStepPipeline
+from teachers import MaskedDiffusionPipeline
+
+FRONTIER = ["frontier", "--teacher", "teacher", "--student", "teacher", "--output", "frontier"]
 
 
 @pytest.fixture
@@ -35,10 +38,37 @@ def test_from_run_to_samples_measurements_and_timings(command):
     assert result["protocol"]["num_images"] == 200
     assert result["nfe"] == 1
 
-    arguments = ["--teacher", "teacher", "--student", "one", "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1]
-    status, last, _ = command("benchmark.py", *arguments)
+    both = ["--teacher", "teacher", "--student", "one"]
+    arguments = [*both, "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1]
+    status, last, _ = command("benchmark.py", "sample", *arguments)
     assert status == 0
     assert len(json.loads(last)["rows"]) == 6
+
+    arguments = [*both, "--output", "frontier", "--classifier", "classifier", "--guidance-scales", 1, "--save-best"]
+    arguments += ["--temperatures", 1, "--num-tuning-images", 100, "--num-report-images", 100]
+    arguments += ["--samplers", "random order", "PUNT"]
+    status, last, errors = command("benchmark.py", "frontier", *arguments)
+    assert status == 0, errors
+    rows = json.loads(Path("frontier/frontier.json").read_text())["rows"]
+    assert [row["sampler"] for row in rows] == ["one-step student"] + 5 * ["random order"] + 4 * ["PUNT"]
+    on_frontier = [row for row in rows if row["on_frontier"]]
+    assert min(on_frontier, key=lambda row: row["nfe"])["setting"] == "1 step"
+    best = min(rows[1:], key=lambda row: row["fd"])
+    assert best in on_frontier
+    assert json.loads(last)["best_teacher"] == best
+    saved = MaskedDiffusionPipeline.from_pretrained("teacher").sampler
+    assert type(saved).__name__ == best["sampler_settings"]["class"]
+    assert len(Path("frontier/frontier.csv").read_text().splitlines()) == 1 + len(rows)
+    assert Path("frontier/frontier.html").exists()
+
+    # What is measured is kept, and a line torn by an interruption is measured again.
+    points = Path("frontier/points.jsonl")
+    lines = points.read_text().splitlines()
+    points.write_text("\n".join([*lines[:-1], lines[-1][:50]]))
+    assert command("benchmark.py", "frontier", *arguments)[0] == 0
+    again = json.loads(Path("frontier/frontier.json").read_text())["rows"]
+    assert [row["fd"] for row in again] == [row["fd"] for row in rows]
+    assert len(points.read_text().splitlines()) == len(lines) + 1
 
 
 @pytest.mark.usefixtures("run")
@@ -49,6 +79,7 @@ def test_mistakes_are_one_line(command):
         ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
         ("evaluate.py", ["teacher", "nam=digits"], "did you mean name?"),
         ("evaluate.py", ["teacher", "--features", "inception", "--inception-path", "no"], "no Inception weights"),
+        ("benchmark.py", [*FRONTIER, "--samplers", "Holton"], "no sampler 'Holton'; choose from random order, "),
         ("train_student.py", ["teacher=teacher", "output=run"], "output folder run is not empty"),
         ("train_student.py", ["teacher=nowhere", "output=other"], "no MaskedDiffusionPipeline at nowhere"),
         ("train_teacher.py", ["data.split=validation", "output=other"], "no split 'validation'"),

@@ -86,6 +86,25 @@ def test_tuning_reports_on_another_draw(monkeypatch):
     assert "class_consistency" not in row
 
 
+@pytest.mark.parametrize(("least", "chosen"), [(0.0, 0.5), (0.3, 1.0), (0.9, 0.5)])
+def test_tuning_can_ask_for_faithfulness_to_the_class(monkeypatch, least, chosen):
+    """Temperature 0.5 has the lowest distance, 1.0 the next, and half of its samples are of their class."""
+
+    class Half(Fake):
+        def predict(self, features):
+            return torch.where(features[:, 0].mean() > 0.3, torch.arange(len(features)) % 2, 1)
+
+    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+        images = torch.randn(num_images, 2, generator=torch.Generator().manual_seed(seed)) + abs(temperature - 0.5)
+        return images, torch.zeros(num_images, dtype=torch.long), 1
+
+    monkeypatch.setattr("eval.tuning.generate", fake_generate)
+    grid = Grid((2.0, 1.0, 0.5), (1.0,), (1,), num_tuning_images=500, num_report_images=500)
+    reference = Reference(Half(), torch.randn(1000, 2, generator=torch.Generator().manual_seed(9)))
+    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake", least_class_consistency=least)
+    assert row["settings"] == {"temperature": chosen}
+
+
 def test_the_monitor_writes_samples(teacher, tmp_path):
     measures = SampleMonitor(tmp_path / "run", DataConfig(name=""))(teacher, 7)
     assert measures == {}

@@ -1,0 +1,154 @@
+"""Quality against compute: a teacher under every sampler and setting, and the one-step student beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.evaluate import Reference
+from eval.speed import measure_speed, sampler_overhead
+from eval.tuning import Grid, tune_and_measure
+from students.pipeline import OneStepPipeline
+from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.progress import progress_bar
+from teachers.samplers import (
+    ConfidenceThresholdSampler,
+    EntropyBoundedSampler,
+    FirstHittingSampler,
+    HaltonSampler,
+    MaskGITSampler,
+    PUNTSampler,
+    ReMDMSampler,
+    Sampler,
+    SelfCorrectionSampler,
+)
+
+STUDENT = "one-step student"
+SPEED_BATCH_SIZE, SPEED_ROUNDS = 128, 3
+
+
+def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
+    """Each sampler over its settings, from few evaluations to many, for images of h x w tokens."""
+    length = token_grid[0] * token_grid[1]
+    steps = [steps for steps in (1, 2, 4, 8, 16, 32) if steps <= length]
+    many = [steps for steps in steps if steps >= 8]
+    samplers: dict[str, list[Sampler]] = {
+        "random order": [MaskGITSampler(k, order="random") for k in steps],
+        "confidence": [MaskGITSampler(k, order="confidence") for k in steps[1:]],
+        "Halton": [HaltonSampler(token_grid, k) for k in steps[1:]],
+        "self-correction": [SelfCorrectionSampler(k) for k in many],
+        "self-correction, leave one out": [SelfCorrectionSampler(8, score="leave_one_out")],
+        "ReMDM": [ReMDMSampler(k, eta=eta) for k in (16, 32) for eta in (0.02, 0.1)],
+        "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.02, 0.1, 0.3)],
+        "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.3, 0.6, 0.9)],
+        "PUNT": [PUNTSampler(epsilon) for epsilon in (0.02, 0.1, 0.5, 2.0)],
+        "first hitting": [FirstHittingSampler()],
+    }
+    return {family: chosen for family, chosen in samplers.items() if chosen}
+
+
+def describe(sampler: Sampler) -> str:
+    """What sets the sampler apart from others of its kind."""
+    config = sampler.config
+    if isinstance(sampler, PUNTSampler):
+        return f"epsilon {config.epsilon:g}"
+    if isinstance(sampler, EntropyBoundedSampler):
+        return f"bound {config.entropy_bound:.3g}"
+    if isinstance(sampler, ConfidenceThresholdSampler):
+        return f"threshold {config.threshold:g}"
+    if isinstance(sampler, FirstHittingSampler):
+        return "a token a step"
+    text = f"{config.num_inference_steps} step" + ("s" if config.num_inference_steps > 1 else "")
+    return f"{text}, eta {config.eta:g}" if isinstance(sampler, ReMDMSampler) else text
+
+
+def measure_frontier(
+    teacher: MaskedDiffusionPipeline,
+    student: OneStepPipeline,
+    samplers: dict[str, list[Sampler]],
+    reference: Reference,
+    grid: Grid,
+    cache: Path,
+    identity: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each sampler, setting and guidance scale, and for the student: what it costs and how good it is.
+
+    The teacher's temperature is tuned for each on one draw of images, the row is of another; the student has the
+    temperature it was exported with. `grid.num_steps` is not used. Rows are kept in `cache` (a line each) under their
+    settings and the `identity` of what is measured, and not measured twice.
+    """
+    points: list[tuple[str, str, float, dict[str, Any]]] = [(STUDENT, "", 1.0, {})]
+    pipelines: list[MaskedDiffusionPipeline | OneStepPipeline] = [student]
+    for guidance_scale in grid.guidance_scales:
+        for family, chosen in samplers.items():
+            for sampler in chosen:
+                settings = {"class": type(sampler).__name__}
+                settings |= {key: value for key, value in sampler.config.items() if not key.startswith("_")}
+                points.append((family, describe(sampler), guidance_scale, settings))
+                pipelines.append(MaskedDiffusionPipeline(teacher.denoiser, teacher.tokenizer, sampler))
+
+    kept = _read_cache(cache)
+    rows = []
+    bar = progress_bar(zip(points, pipelines, strict=True), total=len(points), desc="frontier", unit="setting")
+    for (family, setting, guidance_scale, settings), pipeline in bar:
+        key = json.dumps([family, guidance_scale, settings, asdict(grid) | {"guidance_scales": None}, identity])
+        if key not in kept:
+            if family == STUDENT:
+                candidates = [{"temperature": student.config.temperature}]
+            else:
+                candidates = [{"guidance_scale": guidance_scale, **tried} for tried in grid.student_settings()]
+            kept[key] = tune_and_measure(pipeline, candidates, reference, grid, f"{family}, {setting}")
+            with cache.open("a") as file:
+                file.write("\n" + json.dumps({"key": key, "row": kept[key]}))  # below a line that was torn
+        measured = {name: value for name, value in kept[key].items() if name not in ("settings", "tuning")}
+        call = kept[key]["settings"]
+        rows.append({"sampler": family, "setting": setting, "sampler_settings": settings, **call, **measured})
+
+    calls = [(pipeline, _call(row)) for pipeline, row in zip(pipelines, rows, strict=True)]
+    candidates = {str(place): call for place, call in enumerate(calls)}
+    speeds = measure_speed(candidates, batch_sizes=[SPEED_BATCH_SIZE], num_repeats=SPEED_ROUNDS)
+    for row, speed, call in zip(rows, speeds, calls, strict=True):
+        row["images_per_second"] = speed["images_per_second"]
+        row["sampler_overhead"] = sampler_overhead(*call, SPEED_BATCH_SIZE)
+    distance = reference.features.distance_names[0]
+    mark_frontier(rows, distance)
+    return rows
+
+
+def _call(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("temperature", "guidance_scale") if name in row}
+
+
+def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
+    """What is there; a line that an interruption tore is left out."""
+    kept = {}
+    for line in cache.read_text().splitlines() if cache.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        kept[entry["key"]] = entry["row"]
+    return kept
+
+
+def mark_frontier(rows: list[dict[str, Any]], distance: str) -> None:
+    """Mark the teacher's rows (`on_frontier`) that no other one beats in both evaluations and distance."""
+    for row in rows:
+        others = [other for other in rows if other["sampler"] != STUDENT and other is not row]
+        row["on_frontier"] = row["sampler"] != STUDENT and not any(
+            other["nfe"] <= row["nfe"]
+            and other[distance] <= row[distance]
+            and (other["nfe"] < row["nfe"] or other[distance] < row[distance])
+            for other in others
+        )
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "sampler_settings"))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,64 @@
+"""PUNT. Shapes: R samples, L tokens, V codebook size."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from teachers.randomness import Generators
+from teachers.samplers.sampler import AdaptiveSampler, Evaluate, check_range, descending_rank, draw
+
+
+class PUNTSampler(AdaptiveSampler):
+    """Reveals the tokens that pass non-influence tests: parallel unmasking without dependence (arXiv 2510.21961).
+
+    A token is drawn for every mask, once. The masks are ranked by confidence, and in round b those whose rank has bit b
+    set (most significant first) are tested: where the other candidates, the anchors, are filled in, their distributions
+    must not move by more than epsilon. The tokens that pass every round are kept. A step costs one evaluation and at
+    most ceil(log2 m) more for m masks.
+
+    Confidence is the largest probability at a position, not that of the token drawn there: to keep likely draws and to
+    draw unlikely ones again would sample another distribution than the denoiser's.
+
+    Args:
+        epsilon: the largest KL(before || with anchors), in nats, that counts as no influence.
+        verify: test each kept token once more, with all the surer ones filled in: what the rounds cannot see is an
+            influence of several together. Costs an evaluation for each kept token but one.
+    """
+
+    @register_to_config
+    def __init__(self, epsilon: float = 0.04, verify: bool = False):
+        check_range("epsilon", epsilon, 0, above=True)
+
+    def step(
+        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
+    ) -> torch.Tensor:
+        before = evaluate(tokens).log_softmax(-1)
+        candidates, _ = draw(before, masked, generator)
+        confidence = before.amax(-1)
+        rank = descending_rank(confidence, masked)
+
+        def test(kept: torch.Tensor, anchors: torch.Tensor, tests: torch.Tensor) -> torch.Tensor:
+            """What is kept (R, L) without those tests that the anchors influence."""
+            rows = (anchors.any(-1) & tests.any(-1)).nonzero().squeeze(-1)
+            if len(rows) == 0:
+                return kept
+            filled = torch.where(anchors[rows], candidates[rows], tokens[rows])
+            influence = kl_divergence(before[rows], evaluate(filled, rows).log_softmax(-1))
+            influenced = tests[rows] & (influence > self.config.epsilon)
+            return kept.index_copy(0, rows, kept[rows] & ~influenced)
+
+        kept = masked
+        for bit in reversed(range(int(masked.sum(-1).max() - 1).bit_length())):
+            tests = kept & ((rank >> bit) & 1).bool()
+            kept = test(kept, kept & ~tests, tests)
+        if self.config.verify:
+            place = descending_rank(confidence, kept)
+            for turn in range(1, int(kept.sum(-1).max())):
+                kept = test(kept, kept & (place < turn), kept & (place == turn))
+        return torch.where(kept, candidates, tokens)
+
+
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats of log-probabilities (..., V) -> (...); what p excludes counts nothing."""
+    return torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1)

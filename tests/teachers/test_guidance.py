@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from teachers.guidance import GuidedDenoiser, guide
+
+
+def test_guidance_is_u_plus_s_times_c_minus_u(teacher):
+    tokens = torch.randint(0, 17, (2, 16))
+    condition = teacher.encode_condition([3, 7])
+    with torch.no_grad():
+        c = teacher.denoiser(tokens, condition)
+        u = teacher.denoiser(tokens, condition.null())
+        for scale in (0.0, 0.5, 1.0, 3.0):
+            torch.testing.assert_close(guide(teacher.denoiser, tokens, condition, scale), u + scale * (c - u))
+        scales = torch.tensor([0.5, 3.0])
+        expected = u + scales[:, None, None] * (c - u)
+        torch.testing.assert_close(guide(teacher.denoiser, tokens, condition, scales), expected)
+    assert not torch.allclose(c, u)
+
+
+@pytest.mark.parametrize(("scale", "ramp", "nfe"), [(1.0, "constant", 4), (2.0, "constant", 8), (2.0, "linear", 7)])
+def test_guided_evaluations_count_twice(teacher, scale, ramp, nfe):
+    """A linear ramp starts at scale 1, so that its first step needs no unconditional evaluation."""
+    teacher.register_to_config(guidance_ramp=ramp)
+    rows = []
+    teacher.denoiser.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
+    assert teacher([0, 1], guidance_scale=scale).nfe == nfe
+    assert sum(rows) == 2 * nfe
+
+
+def test_a_sampler_gets_the_logits_that_are_drawn_from_and_each_row_is_counted(teacher):
+    tokens = torch.full((3, 16), 16)
+    condition = teacher.encode_condition([3, 7, 9])
+    denoise = GuidedDenoiser(teacher.denoiser, condition, 2.0, temperature=0.5, top_k=3)
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        logits = denoise(tokens[rows], 0.0, rows)
+        expected = guide(teacher.denoiser, tokens, condition, 2.0)[rows] / 0.5
+    kept = logits > -torch.inf
+    assert (kept.sum(-1) == 3).all()
+    torch.testing.assert_close(logits[kept], expected[kept])
+    assert denoise.nfe.tolist() == [2, 0, 2]
