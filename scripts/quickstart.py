@@ -79,6 +79,7 @@ class Quickstart:
         self.output = arguments.output or Path("runs") / arguments.recipe
         self.teacher_folder = arguments.teacher or self.output / "teacher" / "pipeline"
         self.classifier = self.output / "classifier"
+        self.teacher_rows = self.output / "teacher_measurements.json"
         self.tokens = self.output / "tokens" if (self.configs / "tokenizer.yaml").exists() else None
         self.grid = THOROUGH if arguments.thorough else OWN_DATA if self.tokens else QUICK
         self.student_run = self.output / "student"
@@ -87,15 +88,14 @@ class Quickstart:
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        beside_teacher = self.teacher_folder.parent.parent / "classifier"
-        if beside_teacher.exists() and not self.classifier.exists():  # figures compare only through one classifier
-            shutil.copytree(beside_teacher, self.classifier)
+        self.take_over(self.teacher_folder.parent.parent)
         if self.tokens and not self.teacher_folder.exists():
             self.stage("tokenizer", self.output / "tokenizer" / "tokenizer", self.train_tokenizer)
             self.stage("tokens", self.tokens / "index.json", self.cache_tokens)
         self.stage("teacher", self.teacher_folder, self.train_teacher)
         self.stage("distillation", self.student_run / "finished", self.train_student)
         reference = reference_for(self.data, self.classifier)
+        self.stage("the teacher's measurement", self.teacher_rows, lambda: self.measure_teacher(reference))
         measurements = self.output / "measurements.json"
         self.stage("measurement", measurements, lambda: self.measure(reference, measurements))
         self.stage("export", self.student_folder, lambda: self.export(measurements))
@@ -104,6 +104,20 @@ class Quickstart:
         summary = self.summarise(reference, measurements, speed)
         print(f"\nreport: {self.output / 'report.html'}")
         print(json.dumps(summary))
+
+    def take_over(self, run: Path) -> None:
+        """From the run that trained the teacher: its measurements, if they were as careful, and the classifier.
+
+        Figures compare only through one classifier.
+        """
+        rows = run / self.teacher_rows.name
+        if (run / "classifier").exists() and not self.classifier.exists():
+            shutil.copytree(run / "classifier", self.classifier)
+            if rows.exists() and json.loads(rows.read_text())["grid"] == self.grid_as_json():
+                shutil.copy(rows, self.teacher_rows)
+
+    def grid_as_json(self) -> Any:
+        return json.loads(json.dumps(asdict(self.grid)))
 
     def stage(self, name: str, result: Path, work: Any) -> None:
         seconds = json.loads(self.seconds_file.read_text()) if self.seconds_file.exists() else {}
@@ -166,15 +180,20 @@ class Quickstart:
         print("$ accelerate launch " + " ".join(command[3:]), flush=True)
         subprocess.run(command, env=environment, check=True)
 
+    def measure_teacher(self, reference: Reference) -> None:
+        teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
+        rows = []
+        for steps in self.grid.num_steps:
+            settings = self.grid.teacher_settings(steps)
+            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
+            rows.append({"steps": steps, **row})
+        self.teacher_rows.write_text(json.dumps({"grid": self.grid_as_json(), "rows": rows}, indent=2))
+
     def measure(self, reference: Reference, path: Path) -> None:
         teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
         student, _, _ = load_student(self.student_run)
         untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
-        measured: dict[str, Any] = {"teacher": []}
-        for steps in self.grid.num_steps:
-            settings = self.grid.teacher_settings(steps)
-            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
-            measured["teacher"].append({"steps": steps, **row})
+        measured: dict[str, Any] = {"teacher": json.loads(self.teacher_rows.read_text())["rows"]}
         # The student is compared with the teacher's best where it is as faithful to its class, if it can be.
         best = min(measured["teacher"], key=lambda row: row["fd"])
         best = min(best["tuning"], key=lambda tried: tried["fd"])
