@@ -16,13 +16,12 @@ def guide(
 
     The scale is one number, or a tensor (B,) with one for each sample.
     """
-    if not isinstance(guidance_scale, torch.Tensor):
-        if guidance_scale == 1:
-            return denoiser(tokens, condition)
-    else:
-        guidance_scale = guidance_scale[:, None, None]
+    if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
+        return denoiser(tokens, condition)
     both = Condition.concatenate([condition, condition.null()])
     conditional, unconditional = denoiser(torch.cat([tokens, tokens]), both).chunk(2)
+    if isinstance(guidance_scale, torch.Tensor):
+        guidance_scale = guidance_scale.to(conditional)[:, None, None]
     return torch.lerp(unconditional, conditional, guidance_scale)
 
 
@@ -52,9 +51,14 @@ class GuidedDenoiser:
         Progress is 0 at the first step and 1 at the last, one number or a tensor (R,). A guided evaluation counts as
         two, and each sample's are counted in `nfe` (B,).
         """
-        rows = torch.arange(len(self.condition), device=tokens.device) if rows is None else rows
         scale: float | torch.Tensor = self.guidance_scale
         if self.ramp == "linear" and scale != 1:
             scale = 1 + (scale - 1) * progress
-        self.nfe[rows.cpu()] += 1 if isinstance(scale, float | int) and scale == 1 else 2
-        return shape_logits(guide(self.denoiser, tokens, self.condition.select(rows), scale), **self.shape)
+        cost = 1 if isinstance(scale, float | int) and scale == 1 else 2
+        if rows is None:
+            condition = self.condition
+            self.nfe += cost
+        else:
+            condition = self.condition.select(rows)
+            self.nfe[rows.cpu()] += cost
+        return shape_logits(guide(self.denoiser, tokens, condition, scale), **self.shape)
