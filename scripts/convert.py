@@ -98,7 +98,8 @@ def halton_maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeli
             f"{transformer.path} knows {denoiser.config.codebook_size} tokens and {vq.path} {tokenizer.codebook_size}; "
             "they do not belong together"
         )
-    sampler = HaltonSampler(denoiser.config.token_grid, num_inference_steps=32)
+    height, width = denoiser.config.token_grid
+    sampler = HaltonSampler((height, width), num_inference_steps=min(32, height * width))
     guidance_scale = HALTON_GUIDANCE.get(denoiser.config.hidden_size, 2.0)
     pipeline = MaskedDiffusionPipeline(denoiser, tokenizer, sampler, guidance_scale=guidance_scale)
     return pipeline, {"denoiser": transformer.sha256, "tokenizer": vq.sha256}
