@@ -196,12 +196,12 @@ class Quickstart:
         measured: dict[str, Any] = {"teacher": json.loads(self.teacher_rows.read_text())["rows"]}
         # The student is compared with the teacher's best where it is as faithful to its class, if it can be.
         best = min(measured["teacher"], key=lambda row: row["fd"])
-        best = min(best["tuning"], key=lambda tried: tried["fd"])
+        grid = replace(self.grid, num_tuning_images=self.grid.num_report_images)  # at one evaluation each, many
         for name, pipeline, least in [
             ("student", student, best["class_consistency"]),
             ("untrained_student", untrained, 0.0),
         ]:
-            row = tune_and_measure(pipeline, self.grid.student_settings(), reference, self.grid, name, least)
+            row = tune_and_measure(pipeline, grid.student_settings(), reference, grid, name, least)
             measured[name] = {"steps": 1, **row}
         measured["real_vs_real_fd"] = reference.split_half_distance()
         path.write_text(json.dumps(measured, indent=2))
@@ -281,8 +281,9 @@ class Quickstart:
         return {
             "Quality": f"{grid.num_report_images} images for every row, against the real ones. Temperature "
             f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by "
-            f"FD on another draw of {grid.num_tuning_images} images; the student's only from those with which it is as "
-            "faithful to its class as the teacher's best setting, unless none is.",
+            f"FD on another draw of {grid.num_tuning_images} images; the student's temperature on one of "
+            f"{grid.num_report_images}, from those with which it is as faithful to its class as the teacher's best "
+            "setting, unless none is.",
             "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "
             f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch 256.",
             "Seed": str(self.seed),
