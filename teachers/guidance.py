@@ -25,6 +25,9 @@ def guide(
     return torch.lerp(unconditional, conditional, guidance_scale)
 
 
+RAMPS = ("constant", "linear")
+
+
 class GuidedDenoiser:
     """What a sampler calls: the logits that tokens are drawn from, and the count of evaluations spent on each sample.
 
@@ -36,6 +39,8 @@ class GuidedDenoiser:
     def __init__(
         self, denoiser: nn.Module, condition: Condition, guidance_scale: float = 1.0, ramp: str = "constant", **shape
     ):
+        if ramp not in RAMPS:
+            raise ValueError(f"guidance_ramp={ramp!r} is not known; choose from {', '.join(RAMPS)}")
         self.denoiser = denoiser
         self.condition = condition
         self.guidance_scale = guidance_scale

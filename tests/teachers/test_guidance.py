@@ -28,6 +28,12 @@ def test_guided_evaluations_count_twice(teacher, scale, ramp, nfe):
     assert sum(rows) == 2 * nfe
 
 
+def test_an_unknown_ramp_is_refused(teacher):
+    teacher.register_to_config(guidance_ramp="lineer")
+    with pytest.raises(ValueError, match="guidance_ramp='lineer' is not known; choose from constant, linear"):
+        teacher([0])
+
+
 def test_a_sampler_gets_the_logits_that_are_drawn_from_and_each_row_is_counted(teacher):
     tokens = torch.full((3, 16), 16)
     condition = teacher.encode_condition([3, 7, 9])
