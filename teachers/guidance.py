@@ -48,6 +48,10 @@ class GuidedDenoiser:
         self.shape = shape
         self.nfe = torch.zeros(len(condition), dtype=torch.long)
 
+    @property
+    def mask_token_id(self) -> int:
+        return self.denoiser.mask_token_id
+
     def __call__(
         self, tokens: torch.Tensor, progress: float | torch.Tensor = 0.0, rows: torch.Tensor | None = None
     ) -> torch.Tensor:

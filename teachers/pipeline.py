@@ -164,7 +164,5 @@ class MaskedDiffusionPipeline(TokenPipeline):
             top_p=config.top_p,
         )
         tokens = torch.full((len(condition), self.sequence_length), self.mask_token_id, device=self.device)
-        tokens = self.sampler(
-            denoise, tokens, self.mask_token_id, num_inference_steps=num_inference_steps, generator=generator
-        )
+        tokens = self.sampler(denoise, tokens, num_inference_steps=num_inference_steps, generator=generator)
         return self._output(tokens, denoise.nfe.double().mean().item(), output_type, return_dict)

@@ -59,7 +59,6 @@ def fill_in_text(
     tokens = sampler(
         denoise,
         tokens,
-        denoiser.mask_token_id,
         num_inference_steps=num_inference_steps,
         block_length=block_length,
         generator=generator,

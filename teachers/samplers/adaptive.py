@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from teachers.randomness import Generators, rand
 from teachers.samplers.sampler import (
@@ -28,9 +29,7 @@ class ConfidenceThresholdSampler(AdaptiveSampler):
     def __init__(self, threshold: float = 0.9):
         check_range("threshold", threshold, 0, 1, above=True)
 
-    def step(
-        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
-    ) -> torch.Tensor:
+    def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         logits = evaluate(tokens)
         sampled, _ = draw(logits, masked, generator)
         confidence = (logits.amax(-1) - logits.logsumexp(-1)).exp()
@@ -47,9 +46,7 @@ class EntropyBoundedSampler(AdaptiveSampler):
     def __init__(self, entropy_bound: float = 0.1):
         check_range("entropy_bound", entropy_bound, 0)
 
-    def step(
-        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
-    ) -> torch.Tensor:
+    def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         logits = evaluate(tokens)
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill(~masked, torch.inf)
         ascending, order = entropy.sort(dim=-1, stable=True)
@@ -71,9 +68,7 @@ class FirstHittingSampler(AdaptiveSampler):
     def __init__(self):
         pass
 
-    def step(
-        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
-    ) -> torch.Tensor:
+    def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         chosen = descending_rank(rand(*tokens.shape, generator=generator, device=tokens.device), masked) == 0
         sampled, _ = draw(evaluate(tokens), chosen, generator)
         return torch.where(chosen, sampled, tokens)

@@ -7,6 +7,7 @@ import math
 import torch
 from diffusers.configuration_utils import register_to_config
 from scipy.stats.qmc import Halton
+from torch import Tensor
 
 from teachers.corruption import scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
@@ -36,14 +37,8 @@ class HaltonSampler(ScheduledSampler):
         self.place = halton_order(tuple(token_grid)).argsort()  # (L,): when each position's turn comes
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         batch_size, length = tokens.shape
         if length != len(self.place):
             raise ValueError(f"a HaltonSampler for a grid of {self.config.token_grid} got {length} tokens")
@@ -58,13 +53,13 @@ class HaltonSampler(ScheduledSampler):
         for step in range(num_steps):
             share = 1 - scheduled_mask_ratio(self.config.schedule, (step + 1) / num_steps)
             num_revealed = (num_positions * share + 1e-4).floor().clamp(min=step + 1)
-            now = positions & (tokens == mask_token_id) & (turn < num_revealed[:, None])
+            now = positions & (tokens == denoise.mask_token_id) & (turn < num_revealed[:, None])
             sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), now, generator)
             tokens = torch.where(now, sampled, tokens)
         return tokens
 
 
-def halton_order(token_grid: tuple[int, ...]) -> torch.Tensor:
+def halton_order(token_grid: tuple[int, ...]) -> Tensor:
     """The positions (L,) of a grid in the order in which the Halton sequence (bases 2, 3) first falls on them."""
     size = math.prod(token_grid)
     sequence = Halton(len(token_grid), scramble=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators, rand
@@ -47,18 +48,12 @@ class MaskGITSampler(ScheduledSampler):
         check_choice("choice_decay", choice_decay, DECAYS)
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         config, num_positions = self.config, positions.sum(-1)
         num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
-            masked = positions & (tokens == mask_token_id)
+            masked = positions & (tokens == denoise.mask_token_id)
             sampled, probability = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             if config.order == "confidence":
                 scale = config.choice_temperature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from teachers.randomness import Generators
 from teachers.samplers.sampler import AdaptiveSampler, Evaluate, check_range, descending_rank, draw
@@ -30,15 +31,13 @@ class PUNTSampler(AdaptiveSampler):
     def __init__(self, epsilon: float = 0.04, verify: bool = False):
         check_range("epsilon", epsilon, 0, above=True)
 
-    def step(
-        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
-    ) -> torch.Tensor:
+    def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         before = evaluate(tokens).log_softmax(-1)
         candidates, _ = draw(before, masked, generator)
         confidence = before.amax(-1)
         rank = descending_rank(confidence, masked)
 
-        def test(kept: torch.Tensor, anchors: torch.Tensor, tests: torch.Tensor) -> torch.Tensor:
+        def test(kept: Tensor, anchors: Tensor, tests: Tensor) -> Tensor:
             """What is kept (R, L) without those tests that the anchors influence."""
             rows = (anchors.any(-1) & tests.any(-1)).nonzero().squeeze(-1)
             if len(rows) == 0:
@@ -59,6 +58,6 @@ class PUNTSampler(AdaptiveSampler):
         return torch.where(kept, candidates, tokens)
 
 
-def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats of log-probabilities (..., V) -> (...); what p excludes counts nothing."""
     return torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from teachers.corruption import scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
@@ -42,14 +43,8 @@ class ReMDMSampler(Sampler):
         return num_steps
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         config = self.config
         shares = [1 - scheduled_mask_ratio(config.schedule, step / num_steps).item() for step in range(num_steps + 1)]
         shares[0], shares[-1] = 0.0, 1.0  # whatever rounding says
@@ -58,10 +53,10 @@ class ReMDMSampler(Sampler):
             remask_probability = min(config.eta, most) if config.strategy == "cap" else config.eta * most
             reveal_probability = (then - (1 - remask_probability) * now) / (1 - now)
 
-            masked = positions & (tokens == mask_token_id)
+            masked = positions & (tokens == denoise.mask_token_id)
             sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             uniform = rand(*tokens.shape, generator=generator, device=tokens.device)
             reveal = masked & (uniform < reveal_probability)
             remask = positions & ~masked & (uniform < remask_probability)
-            tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, mask_token_id)
+            tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, denoise.mask_token_id)
         return tokens

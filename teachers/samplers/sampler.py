@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
+from torch import Tensor
 
 from teachers.corruption import MASK_SCHEDULES, scheduled_mask_ratio
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators, invert_cumulative, rand, select_generators
 
-Evaluate = Callable[..., torch.Tensor]
+Evaluate = Callable[..., Tensor]
 
 
 class Sampler(SchedulerMixin, ConfigMixin):
-    """How masks become tokens: `tokens = sampler(denoise, tokens, mask_token_id, generator=generator)`.
+    """How masks become tokens: `tokens = sampler(denoise, tokens, generator=generator)`.
 
     Its settings are a diffusers config, saved with the pipeline. Guidance, temperature, top-k and top-p are the
     denoiser's affair: its logits are those of the distribution that tokens are drawn from.
@@ -27,13 +28,12 @@ class Sampler(SchedulerMixin, ConfigMixin):
     def __call__(
         self,
         denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        mask_token_id: int,
+        tokens: Tensor,
         *,
         num_inference_steps: int | None = None,
         block_length: int | None = None,
         generator: Generators = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Fill in the masked positions of tokens (B, L); the others stay as they are.
 
         Args:
@@ -42,11 +42,11 @@ class Sampler(SchedulerMixin, ConfigMixin):
             block_length: fill so many masked positions from left to right before the next ones (semi-autoregressive);
                 default: all at once.
         """
-        masked = tokens == mask_token_id
+        masked = tokens == denoise.mask_token_id
         num_steps = self.num_steps(num_inference_steps, tokens.shape[1])
         blocks = list(split_blocks(masked, block_length))
         for positions in blocks:
-            tokens = self.fill(denoise, tokens, positions, mask_token_id, max(1, num_steps // len(blocks)), generator)
+            tokens = self.fill(denoise, tokens, positions, max(1, num_steps // len(blocks)), generator)
         return tokens
 
     def num_steps(self, num_inference_steps: int | None, length: int) -> int:
@@ -54,14 +54,8 @@ class Sampler(SchedulerMixin, ConfigMixin):
         raise NotImplementedError
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         """Fill in the `positions` (B, L), all of them masked, in `num_steps` at most; in fewer where they are fewer."""
         raise NotImplementedError
 
@@ -88,24 +82,18 @@ class AdaptiveSampler(Sampler):
         return length
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         num_positions = positions.sum(-1)
         while True:
-            masked = positions & (tokens == mask_token_id)
+            masked = positions & (tokens == denoise.mask_token_id)
             rows = masked.any(-1).nonzero().squeeze(-1)  # what is finished costs nothing more
             if len(rows) == 0:
                 return tokens
             masked = masked[rows]
             progress = 1 - masked.sum(-1) / num_positions[rows]
 
-            def evaluate(tokens: torch.Tensor, among: torch.Tensor | None = None, progress=progress, rows=rows):
+            def evaluate(tokens: Tensor, among: Tensor | None = None, progress=progress, rows=rows):
                 if among is None:
                     return denoise(tokens, progress, rows)
                 return denoise(tokens, progress[among], rows[among])
@@ -113,9 +101,7 @@ class AdaptiveSampler(Sampler):
             filled = self.step(evaluate, tokens[rows], masked, select_generators(generator, rows))
             tokens = tokens.index_copy(0, rows, filled)
 
-    def step(
-        self, evaluate: Evaluate, tokens: torch.Tensor, masked: torch.Tensor, generator: Generators
-    ) -> torch.Tensor:
+    def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         """Tokens (R, L) with at least one more of the `masked` (R, L) filled in, in each row.
 
         `evaluate(tokens)` is the denoiser for these rows, `evaluate(tokens[among], among)` for some of them.
@@ -123,7 +109,7 @@ class AdaptiveSampler(Sampler):
         raise NotImplementedError
 
 
-def split_blocks(masked: torch.Tensor, block_length: int | None) -> Iterator[torch.Tensor]:
+def split_blocks(masked: Tensor, block_length: int | None) -> Iterator[Tensor]:
     """The masked positions (B, L) from left to right, `block_length` of each row at a time."""
     if block_length is None:
         block_length = masked.shape[1]
@@ -134,7 +120,7 @@ def split_blocks(masked: torch.Tensor, block_length: int | None) -> Iterator[tor
         yield masked & (block == index)
 
 
-def scheduled_num_masked(num_positions: torch.Tensor, schedule: str, step: int, num_steps: int) -> torch.Tensor:
+def scheduled_num_masked(num_positions: Tensor, schedule: str, step: int, num_steps: int) -> Tensor:
     """How many of the positions (B,) stay masked after a step: as scheduled, rounded down (MaskGIT).
 
     But each step reveals a token, and leaves one for each step after it.
@@ -146,18 +132,18 @@ def scheduled_num_masked(num_positions: torch.Tensor, schedule: str, step: int, 
     return scheduled.clamp(min=left).minimum(most)
 
 
-def highest(score: torch.Tensor, among: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def highest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """The `count` (B,) positions of the highest score among those of `among`; all (B, L)."""
     return among & (descending_rank(score, among) < count[:, None])
 
 
-def descending_rank(score: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+def descending_rank(score: Tensor, among: Tensor) -> Tensor:
     """The rank (B, L) of each score, 0 the highest; positions outside `among` come after all of it."""
     order = score.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return order.argsort(-1)
 
 
-def draw(logits: torch.Tensor, masked: torch.Tensor, generator: Generators) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits: Tensor, masked: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
     """Tokens (B, L) drawn from logits (B, L, V) where masked, and the probability (B, L) of each; elsewhere 0."""
     uniform = rand(*masked.shape, generator=generator, device=logits.device)
     probabilities = logits[masked].softmax(-1)
@@ -170,12 +156,12 @@ def draw(logits: torch.Tensor, masked: torch.Tensor, generator: Generators) -> t
     return tokens, probability
 
 
-def log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[tokens] (...) for logits (..., V)."""
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def gumbel_noise(tokens: torch.Tensor, generator: Generators) -> torch.Tensor:
+def gumbel_noise(tokens: Tensor, generator: Generators) -> Tensor:
     """Standard Gumbel noise for each of the tokens (B, L)."""
     uniform = rand(*tokens.shape, generator=generator, device=tokens.device)
     return -(-uniform.clamp(min=1e-20).log()).log()

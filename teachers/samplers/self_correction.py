@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators
@@ -60,14 +61,8 @@ class SelfCorrectionSampler(ScheduledSampler):
             check_range("a fraction", fraction, 0, 1)
 
     def fill(
-        self,
-        denoise: GuidedDenoiser,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask_token_id: int,
-        num_steps: int,
-        generator: Generators,
-    ) -> torch.Tensor:
+        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+    ) -> Tensor:
         config, num_positions = self.config, positions.sum(-1)
         total = torch.zeros_like(tokens, dtype=torch.float32)  # of the probabilities of each token since its reveal
         count = torch.zeros_like(tokens)
@@ -77,7 +72,7 @@ class SelfCorrectionSampler(ScheduledSampler):
         for step in range(num_steps):
             progress = step / max(num_steps - 1, 1)
             logits = denoise(tokens, progress)
-            masked = positions & (tokens == mask_token_id)
+            masked = positions & (tokens == denoise.mask_token_id)
             revealed = positions & ~masked
             sampled, sampled_probability = draw(logits, masked, generator)
             num_masked = scheduled_num_masked(num_positions, config.schedule, step, num_steps)
@@ -93,13 +88,13 @@ class SelfCorrectionSampler(ScheduledSampler):
                 if config.score == "trajectory":
                     score = total / count.clamp(min=1)
                 else:
-                    score = leave_one_out(denoise, tokens, revealed, mask_token_id, progress)
+                    score = leave_one_out(denoise, tokens, revealed, progress)
                 remask = highest(-score, revealed, num_remask)
 
             noise = config.choice_temperature * (1 - (step + 1) / num_steps) * gumbel_noise(tokens, generator)
             num_reveal = masked.sum(-1) - num_masked + num_remask
             reveal = highest(sampled_probability.log() + noise, masked, num_reveal)
-            tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, mask_token_id)
+            tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, denoise.mask_token_id)
             total, count = total.masked_fill(remask, 0), count.masked_fill(remask, 0)
         return tokens
 
@@ -112,15 +107,13 @@ class SelfCorrectionSampler(ScheduledSampler):
         return fractions[int((place - start) / (end - start) * len(fractions))]
 
 
-def leave_one_out(
-    denoise: GuidedDenoiser, tokens: torch.Tensor, revealed: torch.Tensor, mask_token_id: int, progress: float
-) -> torch.Tensor:
+def leave_one_out(denoise: GuidedDenoiser, tokens: Tensor, revealed: Tensor, progress: float) -> Tensor:
     """The log-probability (B, L) of each revealed token with it alone masked, an evaluation for each; else 0."""
     score = torch.zeros_like(tokens, dtype=torch.float32)
     turn = revealed.cumsum(-1) - 1
     for index in range(int(revealed.sum(-1).max())):
         left_out = revealed & (turn == index)
         rows = left_out.any(-1).nonzero().squeeze(-1)
-        logits = denoise(tokens.masked_fill(left_out, mask_token_id)[rows], progress, rows)
+        logits = denoise(tokens.masked_fill(left_out, denoise.mask_token_id)[rows], progress, rows)
         score[left_out] = log_probability(logits[left_out[rows]], tokens[left_out])
     return score
