@@ -100,7 +100,7 @@ def measure_frontier(
                 candidates = [{"temperature": student.config.temperature}]
             else:
                 candidates = [{"guidance_scale": guidance_scale, **tried} for tried in grid.student_settings()]
-            kept[key] = tune_and_measure(pipeline, candidates, reference, grid, ", ".join(filter(None, (family, setting))))
+            kept[key] = tune_and_measure(pipeline, candidates, reference, grid, f"{family} {setting}".strip())
             with cache.open("a") as file:
                 file.write("\n" + json.dumps({"key": key, "row": kept[key]}))  # below a line that was torn
         measured = {name: value for name, value in kept[key].items() if name not in ("settings", "tuning")}
