@@ -141,8 +141,8 @@ def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
 
 
 def mark_frontier(rows: list[dict[str, Any]], distance: str) -> None:
-    """Mark the teacher's rows that no other one beats in distance and cost: `on_frontier` where the cost is evaluations,
-    `on_speed_frontier` where it is time."""
+    """Mark the teacher's rows that no other one beats in distance and cost: in evaluations (`on_frontier`), in time
+    (`on_speed_frontier`)."""
     teacher = [row for row in rows if row["sampler"] != STUDENT]
     for mark, cost, sign in [("on_frontier", "nfe", 1), ("on_speed_frontier", "images_per_second", -1)]:
         points = [(sign * row[cost], row[distance]) for row in teacher]
