@@ -21,10 +21,10 @@ from teachers.samplers.sampler import (
 class PUNTSampler(AdaptiveSampler):
     """Reveals the tokens that pass non-influence tests: parallel unmasking without dependence (arXiv 2510.21961).
 
-    A token is drawn for every mask, once. The masks are ranked, by confidence, and in round b those whose rank has bit b
-    set (most significant first) are tested: where the other candidates, the anchors, are filled in, their distributions
-    must not move by more than epsilon. The tokens that pass every round are kept. A step costs one evaluation and at
-    most ceil(log2 m) more for m masks.
+    A token is drawn for every mask, once. The masks are ranked, the surest first, and in round b those whose rank has
+    bit b set (most significant first) are tested: where the other candidates, the anchors, are filled in, their
+    distributions must not move by more than epsilon. The tokens that pass every round are kept. A step costs one
+    evaluation and at most ceil(log2 m) more for m masks.
 
     Confidence is the largest probability at a position, not that of the token drawn there: to keep likely draws and to
     draw unlikely ones again would sample another distribution than the denoiser's.
