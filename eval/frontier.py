@@ -47,10 +47,10 @@ def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
             SelfCorrectionSampler(8, fractions=fractions, score="leave_one_out") for fractions in corrections
         ],
         "ReMDM": [ReMDMSampler(k, eta=eta) for k in (16, 32) for eta in (0.02, 0.1)],
-        "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.02, 0.1, 0.3)],
-        "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.3, 0.6, 0.9)],
-        "PUNT": [PUNTSampler(epsilon) for epsilon in (0.02, 0.1, 0.5, 2.0)],
-        "PUNT, random order": [PUNTSampler(epsilon, order="random") for epsilon in (0.02, 0.1, 0.5, 2.0)],
+        "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.1, 0.3)],
+        "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.1, 0.3)],
+        "PUNT": [PUNTSampler(epsilon) for epsilon in (0.1, 0.5, 2.0)],
+        "PUNT, random order": [PUNTSampler(epsilon, order="random") for epsilon in (0.1, 0.5, 2.0)],
         "first hitting": [FirstHittingSampler()],
     }
     return {family: chosen for family, chosen in samplers.items() if chosen}
