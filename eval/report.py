@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
-MARKERS = "os^vDPXph<"
+MARKERS = "os^vDPXph<>d8H"
 
 
 def write_report(
@@ -90,7 +90,7 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
                     [row[cost] for row in points],
                     [row[distance] for row in points],
                     MARKERS[number % len(MARKERS)],
-                    color=matplotlib.colormaps["tab10"](number % 10),
+                    color=matplotlib.colormaps["tab20"](2 * number % 20 + number // 10),
                     label=sampler,
                     alpha=0.8,
                 )
