@@ -99,6 +99,9 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
             (point,) = (row for row in rows if row["sampler"] == student)
             axes.plot(point[cost], point[distance], "*", markersize=18, color=STUDENT, label=student)
             axes.set_xscale("log", base=2 if cost == "nfe" else 10)
+            if cost != "nfe":
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
