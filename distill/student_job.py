@@ -15,7 +15,7 @@ from distill.dimo import DiMO, DiMOConfig
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
-from teachers.condition import Condition
+from teachers.condition import ClassCondition, Condition
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
 from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
@@ -97,7 +97,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
         uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
-        return Condition((uniform * teacher.num_classes).long())
+        return ClassCondition((uniform * teacher.num_classes).long())
 
     trainer = Trainer(
         job.training,

@@ -12,7 +12,7 @@ import torch
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
-from teachers.condition import Condition
+from teachers.condition import ClassCondition, Condition
 from teachers.corruption import MASK_SCHEDULES
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.network import MaskGITTransformer
@@ -153,4 +153,4 @@ class TokenBatches:
 
     def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
         rows = self.rows(step, places)
-        return self.tokens[rows].long().to(self.device), Condition(self.labels[rows].to(self.device))
+        return self.tokens[rows].long().to(self.device), ClassCondition(self.labels[rows].to(self.device))
