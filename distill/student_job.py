@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,15 @@ from distill.dimo import DiMO, DiMOConfig
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
-from teachers.condition import ClassCondition, Condition
+from teachers.condition import ClassLabels, Condition, Conditions
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
+from teachers.folder import new_folder
 from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.prompt_cache import PromptCache, write_prompt_cache
+from teachers.prompts import PromptConfig, load_prompts
 from teachers.randomness import rand
+from teachers.recompute import recompute_activations
 
 
 @dataclass
@@ -53,6 +58,8 @@ class StudentJob:
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
+    prompts: PromptConfig = section(PromptConfig, "what a teacher conditioned on text is distilled on")
+    negative_prompt: str = setting("", "what its guidance leads away from; empty: the teacher's own")
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
 
     def __post_init__(self) -> None:
@@ -88,16 +95,18 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
     teacher.to(accelerator.device)
     teacher.denoiser.eval().requires_grad_(False)
-    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
-    student = make_learner(teacher.denoiser, job.freeze_embeddings)
-    auxiliary = make_learner(teacher.denoiser, job.freeze_embeddings)
+    with accelerator.main_process_first():
+        conditions = open_conditions(job, teacher, output)
+        initialiser = make_initialiser(job, teacher, conditions, output)
+    learner = partial(make_learner, teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing)
+    student, auxiliary = learner(), learner()
 
     def pipeline(network: Denoiser) -> OneStepPipeline:
         return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
 
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
         uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
-        return ClassCondition((uniform * teacher.num_classes).long())
+        return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
 
     trainer = Trainer(
         job.training,
@@ -114,12 +123,40 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     return trainer.train()
 
 
-def make_learner(teacher: Denoiser, freeze_embeddings: bool) -> Denoiser:
+def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
+    """All classes, or the prompts: those are encoded into the run's folder once, and the text encoder is let go."""
+    if not teacher.takes_prompts:
+        return ClassLabels(torch.arange(teacher.num_classes))
+    if not job.prompts.name:
+        raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
+    negative_prompt = job.negative_prompt or teacher.config.negative_prompt
+    folder = output / "prompts"
+    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, load_prompts(job.prompts), negative_prompt)
+    teacher.register_modules(text_encoder=None, text_tokenizer=None)
+    return PromptCache(folder, teacher.tokenizer.config.image_size)
+
+
+def make_initialiser(
+    job: StudentJob, teacher: MaskedDiffusionPipeline, conditions: Conditions, output: Path
+) -> TokenInitialiser:
+    """The initialiser in the run's folder, put there first if it is not."""
+    folder = output / "initialiser"
+    if not folder.exists():
+        with new_folder(folder) as staging:
+            prompts = conditions if teacher.takes_prompts else None
+            initialiser = TokenInitialiser.for_teacher(teacher, prompts=prompts, **asdict(job.initial))
+            initialiser.save_pretrained(staging)
+    return TokenInitialiser.from_pretrained(folder).to(teacher.device)
+
+
+def make_learner(teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False) -> Denoiser:
     """A copy of the teacher that learns, without dropout."""
     learner = copy.deepcopy(teacher).requires_grad_(True).eval()
     if freeze_embeddings:
         for parameter in learner.embedding_parameters():
             parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        recompute_activations(learner.layers)
     return learner
 
 
@@ -130,8 +167,9 @@ def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
     student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
-    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
-    return OneStepPipeline(student, teacher.tokenizer, initialiser), job, step
+    initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
+    text = {"text_encoder": teacher.text_encoder, "text_tokenizer": teacher.text_tokenizer}
+    return OneStepPipeline(student, teacher.tokenizer, initialiser, **text), job, step
 
 
 def load_job(run: Path) -> StudentJob:

@@ -1,11 +1,11 @@
-"""What a denoiser is conditioned on. Shapes: B batch, T text tokens, E text width, P pooled width."""
+"""What a denoiser is conditioned on. Shapes: B batch, N in all, T text tokens, E text width, P pooled width."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -80,3 +80,24 @@ class TextCondition(Condition):
             states = torch.where(where[:, None, None], self.null_states, self.states)
             pooled = torch.where(where[:, None], self.null_pooled, self.pooled)
         return dataclasses.replace(self, states=states, pooled=pooled)
+
+
+class Conditions(Protocol):
+    """Conditions to draw from, by their places (B,): class labels, or a cache of encoded prompts."""
+
+    def __len__(self) -> int: ...
+
+    def condition(self, places: torch.Tensor, device: torch.device | str) -> Condition: ...
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Class labels (N,) as conditions to draw from."""
+
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def condition(self, places: torch.Tensor, device: torch.device | str) -> ClassCondition:
+        return ClassCondition(self.labels[places.cpu()].to(device))

@@ -37,6 +37,11 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def text_sizes(self) -> tuple[int, int]:
+        """Widths of the text encoder's states and of its pooled embedding."""
+        return self._states.shape[-1], self._pooled.shape[-1]
+
     def condition(self, places: torch.Tensor, device: torch.device | str) -> TextCondition:
         """Of the prompts at these places (B,)."""
         rows = self._rows[places.cpu().numpy()]
