@@ -35,12 +35,16 @@ def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
     length = token_grid[0] * token_grid[1]
     steps = [steps for steps in (1, 2, 4, 8, 16, 32) if steps <= length]
     many = [steps for steps in steps if steps >= 8]
+    # Of few tokens the default fractions are hardly one in all steps together.
+    corrections = [SelfCorrectionSampler().config.fractions, (1 / 16, 1 / 32, 1 / 64)]
     samplers: dict[str, list[Sampler]] = {
         "random order": [MaskGITSampler(k, order="random") for k in steps],
         "confidence": [MaskGITSampler(k, order="confidence") for k in steps[1:]],
         "Halton": [HaltonSampler(token_grid, k) for k in steps[1:]],
-        "self-correction": [SelfCorrectionSampler(k) for k in many],
-        "self-correction, leave one out": [SelfCorrectionSampler(8, score="leave_one_out")],
+        "self-correction": [SelfCorrectionSampler(k, fractions=fractions) for k in many for fractions in corrections],
+        "self-correction, leave one out": [
+            SelfCorrectionSampler(8, fractions=fractions, score="leave_one_out") for fractions in corrections
+        ],
         "ReMDM": [ReMDMSampler(k, eta=eta) for k in (16, 32) for eta in (0.02, 0.1)],
         "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.02, 0.1, 0.3)],
         "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.3, 0.6, 0.9)],
@@ -62,6 +66,8 @@ def describe(sampler: Sampler) -> str:
     if isinstance(sampler, FirstHittingSampler):
         return "a token a step"
     text = f"{config.num_inference_steps} step" + ("s" if config.num_inference_steps > 1 else "")
+    if isinstance(sampler, SelfCorrectionSampler):
+        text += f", from 1/{1 / config.fractions[0]:g}"
     return f"{text}, eta {config.eta:g}" if isinstance(sampler, ReMDMSampler) else text
 
 
@@ -135,15 +141,15 @@ def _read_cache(cache: Path) -> dict[str, dict[str, Any]]:
 
 
 def mark_frontier(rows: list[dict[str, Any]], distance: str) -> None:
-    """Mark the teacher's rows (`on_frontier`) that no other one beats in both evaluations and distance."""
-    for row in rows:
-        others = [other for other in rows if other["sampler"] != STUDENT and other is not row]
-        row["on_frontier"] = row["sampler"] != STUDENT and not any(
-            other["nfe"] <= row["nfe"]
-            and other[distance] <= row[distance]
-            and (other["nfe"] < row["nfe"] or other[distance] < row[distance])
-            for other in others
-        )
+    """Mark the teacher's rows that no other one beats in distance and cost: in evaluations (`on_frontier`), in time
+    (`on_speed_frontier`)."""
+    teacher = [row for row in rows if row["sampler"] != STUDENT]
+    for mark, cost, sign in [("on_frontier", "nfe", 1), ("on_speed_frontier", "images_per_second", -1)]:
+        points = [(sign * row[cost], row[distance]) for row in teacher]
+        for row in rows:
+            here = (sign * row[cost], row[distance])
+            beaten = any(x <= here[0] and y <= here[1] and (x, y) != here for x, y in points)
+            row[mark] = row["sampler"] != STUDENT and not beaten
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:

@@ -80,9 +80,9 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
         figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         samplers = list(dict.fromkeys(row["sampler"] for row in rows if row["sampler"] != student))
-        for axes, cost, label in [
-            (panels[0], "nfe", "network evaluations per image"),
-            (panels[1], "images_per_second", "images per second"),
+        for axes, cost, mark, label in [
+            (panels[0], "nfe", "on_frontier", "network evaluations per image"),
+            (panels[1], "images_per_second", "on_speed_frontier", "images per second"),
         ]:
             for number, sampler in enumerate(samplers):
                 points = [row for row in rows if row["sampler"] == sampler]
@@ -94,7 +94,7 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
                     label=sampler,
                     alpha=0.8,
                 )
-            frontier = sorted((row[cost], row[distance]) for row in rows if row["on_frontier"])
+            frontier = sorted((row[cost], row[distance]) for row in rows if row[mark])
             axes.plot(*zip(*frontier, strict=True), color=INK, linewidth=1, zorder=0, label="the teacher's frontier")
             (point,) = (row for row in rows if row["sampler"] == student)
             axes.plot(point[cost], point[distance], "*", markersize=18, color=STUDENT, label=student)
