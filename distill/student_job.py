@@ -67,7 +67,7 @@ class StudentJob:
             raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
 
 
-Monitor = Callable[[OneStepPipeline, int], dict[str, float]]
+Monitor = Callable[[OneStepPipeline, Conditions, int], dict[str, float]]
 
 
 def load_teacher(name: str) -> MaskedDiffusionPipeline:
@@ -81,7 +81,10 @@ def load_teacher(name: str) -> MaskedDiffusionPipeline:
 
 
 def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, step)` measures the averaged student now and then. False if interrupted."""
+    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged student now and then.
+
+    False if interrupted.
+    """
     output = Path(job.output)
     teacher = load_teacher(job.teacher)
     accelerator = make_accelerator(job.training, output)
@@ -117,7 +120,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         averaged="student",
         draw_batch=draw_condition,
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
+        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), conditions, step),
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
     return trainer.train()
@@ -129,9 +132,11 @@ def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: P
         return ClassLabels(torch.arange(teacher.num_classes))
     if not job.prompts.name:
         raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
-    negative_prompt = job.negative_prompt or teacher.config.negative_prompt
+    prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt
     folder = output / "prompts"
-    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, load_prompts(job.prompts), negative_prompt)
+    assert teacher.text_encoder is not None
+    assert teacher.text_tokenizer is not None
+    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
     teacher.register_modules(text_encoder=None, text_tokenizer=None)
     return PromptCache(folder, teacher.tokenizer.config.image_size)
 
@@ -168,8 +173,8 @@ def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
     teacher = load_teacher(job.teacher)
     student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
-    text = {"text_encoder": teacher.text_encoder, "text_tokenizer": teacher.text_tokenizer}
-    return OneStepPipeline(student, teacher.tokenizer, initialiser, **text), job, step
+    pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
+    return pipeline, job, step
 
 
 def load_job(run: Path) -> StudentJob:

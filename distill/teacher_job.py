@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -86,9 +85,7 @@ class TeacherJob:
     output: str = setting("runs/teacher", "folder of the run; the pipeline is written to OUTPUT/pipeline")
     data: DataConfig = section(DataConfig, "the images")
     tokens: str = setting("", "folder of scripts/cache_tokens.py; empty: a patch tokenizer is fitted to the images")
-    text_encoder: str = setting(
-        "", "a CLIP (folder or hub id) for a teacher conditioned on captions; empty: on classes"
-    )
+    text_encoder: str = setting("", "CLIP (folder or hub id) of a teacher conditioned on captions; empty: on classes")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "how images become tokens")
     network: NetworkConfig = section(NetworkConfig, "the denoiser")
     objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
@@ -96,11 +93,14 @@ class TeacherJob:
     training: TrainingConfig = section(TrainingConfig, "the loop")
 
 
-Monitor = Callable[[MaskedDiffusionPipeline, int], dict[str, float]]
+Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int], dict[str, float]]
 
 
 def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, step)` measures the averaged weights now and then. False if interrupted."""
+    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged weights now and then.
+
+    False if interrupted.
+    """
     output = Path(job.output)
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
     check_columns(job, data)
@@ -111,7 +111,12 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
             (output / "config.yaml").write_text(to_yaml(job))
         if isinstance(data, ImageData):
             data = tokenise(job, data, output / "tokenizer")
-        conditions = encode_captions(job, data, output / "prompts") if job.text_encoder else ClassLabels(data.labels)
+        conditions: Conditions
+        to_sample: Conditions
+        if job.text_encoder:
+            conditions = to_sample = encode_captions(job, data, output / "prompts")
+        else:
+            conditions, to_sample = ClassLabels(data.labels), ClassLabels(torch.arange(len(data.class_names)))
     tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = make_denoiser(job, data, conditions)
@@ -119,8 +124,8 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         recompute_activations(denoiser.layers)
     sampler = MaskGITSampler(**asdict(job.sampler))
 
-    def pipeline(network: Denoiser, **text_modules) -> MaskedDiffusionPipeline:
-        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, **text_modules)
+    def pipeline(network: Denoiser, *text_modules) -> MaskedDiffusionPipeline:
+        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, *text_modules)
         return pipeline.to(accelerator.device)
 
     trainer = Trainer(
@@ -132,13 +137,13 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         averaged="denoiser",
         draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
+        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), to_sample, step),
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()
     if finished and accelerator.is_main_process:
-        text_modules = load_text_modules(job.text_encoder) if job.text_encoder else {}
-        pipeline(trainer.averaged_network(), **text_modules).save_pretrained(output / "pipeline")
+        text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
+        pipeline(trainer.averaged_network(), *text_modules).save_pretrained(output / "pipeline")
         names = json.dumps(data.class_names, ensure_ascii=False)
         (output / "pipeline" / "class_names.json").write_text(names)
     return finished
@@ -158,16 +163,15 @@ def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
 def encode_captions(job: TeacherJob, data: TokenCache, folder: Path) -> PromptCache:
     """The captions' encodings, from the folder; without the text encoder's staying in memory."""
     assert data.texts is not None
-    modules = load_text_modules(job.text_encoder)
-    write_prompt_cache(folder, modules["text_encoder"], modules["text_tokenizer"], data.texts)
+    write_prompt_cache(folder, *load_text_modules(job.text_encoder), data.texts)
     return PromptCache(folder, data.tokenizer.config.image_size)
 
 
-def load_text_modules(name: str) -> dict[str, Any]:
-    """The text encoder and tokenizer of a CLIP, as a pipeline takes them."""
+def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """The text encoder and tokenizer of a CLIP."""
     try:
         text_encoder = CLIPTextModelWithProjection.from_pretrained(name)
-        return {"text_encoder": text_encoder.eval(), "text_tokenizer": CLIPTokenizer.from_pretrained(name)}
+        return text_encoder.eval(), CLIPTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"there is no CLIP at {name} (a folder, or a hub id): {error}") from error
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
+from teachers.condition import ClassLabels, Conditions
 from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
@@ -29,22 +30,28 @@ def generate(
     pipeline: TokenPipeline,
     num_images: int,
     *,
+    conditions: Conditions | None = None,
     seed: int = 0,
     batch_size: int = 500,
     description: str | None = None,
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Images (N, C, H, W), labels (N,) that go round the classes, and the NFE per image.
+    """Images (N, C, H, W), the places (N,) of the conditions they are of, and the NFE per image.
+
+    They go round the conditions: of a class-conditional pipeline by default all classes, whose places are the labels.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
     """
-    labels = torch.arange(num_images) % pipeline.num_classes
+    if conditions is None:
+        conditions = ClassLabels(torch.arange(pipeline.num_classes))
+    labels = torch.arange(num_images) % len(conditions)
     images, evaluations = [], 0.0
     starts = range(0, num_images, batch_size)
     for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
         chosen = labels[start : start + batch_size]
         generators = sample_generators("generate", seed, places=range(start, start + len(chosen)))
-        output = pipeline(class_labels=chosen, generator=generators, output_type="pt", **settings)
+        condition = conditions.condition(chosen, pipeline.device)
+        output = pipeline(condition=condition, generator=generators, output_type="pt", **settings)
         images.append(output.images.cpu())
         evaluations += output.nfe * len(chosen)
     return torch.cat(images), labels, evaluations / num_images

@@ -11,6 +11,7 @@ from eval.classifier import ClassifierFeatures
 from eval.evaluate import Reference, generate
 from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
+from teachers.condition import Conditions
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
 from teachers.vq import VQTokenizer
@@ -20,7 +21,7 @@ NUM_IMAGES = 1000
 
 
 class SampleMonitor:
-    """Called with (pipeline, step): writes `samples/step-000100.png`, returns FD and class consistency.
+    """Called with (pipeline, conditions, step): writes `samples/step-000100.png`, returns FD and class consistency.
 
     Without data (`data.name` empty) it only writes the samples.
     """
@@ -30,12 +31,13 @@ class SampleMonitor:
         self.data = data
         self._reference: Reference | None = None
 
-    def __call__(self, pipeline: TokenPipeline, step: int) -> dict[str, float]:
+    def __call__(self, pipeline: TokenPipeline, conditions: Conditions, step: int) -> dict[str, float]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        sample_grid(pipeline).save(self.folder / f"step-{step:06d}.png")
+        columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
+        sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
         if not self.data.name:
             return {}
-        images, labels, _ = generate(pipeline, NUM_IMAGES)
+        images, labels, _ = generate(pipeline, NUM_IMAGES, conditions=conditions)
         if self._reference is None:
             self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
         return self._reference.quick(images, labels)

@@ -92,8 +92,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         prompts: Conditions | None = None,
         **settings,
     ) -> TokenInitialiser:
-        """An initialiser with the teacher's tokens and, where they are asked for, its marginals: for all classes, or over
-        the prompts."""
+        """With the teacher's tokens and, where asked for, its marginals: of each class, or over prompts."""
         initialiser = cls(
             teacher.token_grid,
             teacher.codebook_size,
