@@ -16,14 +16,17 @@ MAX_NEIGHBOURS = 10_000
 
 
 class Features(Protocol):
-    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D); classes too, if it knows them."""
+    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D).
+
+    It also judges how true features are to the conditions of the images, given their places (N,), if it knows those.
+    """
 
     name: str
     distance_names: tuple[str, str]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor | None: ...
+    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]: ...
 
 
 def generate(
@@ -68,7 +71,8 @@ class Reference:
         self.neighbours = self.real_features[:: -(-len(images) // MAX_NEIGHBOURS)]
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Fréchet and kernel distance, precision, recall, density, coverage, class consistency where it is known."""
+        """Fréchet and kernel distance, precision, recall, density, coverage, and how true the images are to their
+        conditions: class consistency, or CLIP score and retrieval accuracy."""
         generated = self.features(images)
         _, kernel_name = self.features.distance_names
         return {
@@ -82,16 +86,13 @@ class Reference:
         return frechet_distance(self.gaussian, Gaussian.fit(self.features(images)))
 
     def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """The Fréchet distance and class consistency alone."""
+        """The Fréchet distance, and how true the images are to their conditions, alone."""
         return self._quick(self.features(images), labels)
 
     def _quick(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         frechet_name, _ = self.features.distance_names
-        measures = {frechet_name: frechet_distance(self.gaussian, Gaussian.fit(generated))}
-        predicted = self.features.predict(generated)
-        if predicted is not None:
-            measures["class_consistency"] = (predicted == labels).double().mean().item()
-        return measures
+        distance = frechet_distance(self.gaussian, Gaussian.fit(generated))
+        return {frechet_name: distance, **self.features.judge(generated, labels)}
 
     def split_half_distance(self, seed: int = 0) -> float:
         """Fréchet distance between two random halves of the real images: what so few samples show of no difference."""

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import CLIPModel, CLIPProcessor
 
 from eval.classifier import ClassifierFeatures
+from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
 from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
@@ -41,6 +43,28 @@ class SampleMonitor:
         if self._reference is None:
             self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
         return self._reference.quick(images, labels)
+
+
+class RetrievalMonitor:
+    """Called with (clip, processor, step): how often it picks the right caption of other images, and its CLIP score.
+
+    Without data (`data.name` empty) it does nothing.
+    """
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+        self._pairs: tuple[torch.Tensor, list[str]] | None = None
+
+    def __call__(self, clip: CLIPModel, processor: CLIPProcessor, step: int) -> dict[str, float]:
+        if not self.data.name:
+            return {}
+        if self._pairs is None:
+            data = load_data(self.data)
+            assert data.texts is not None
+            self._pairs = data.images(), data.texts
+        images, captions = self._pairs
+        features = ClipFeatures(clip, processor, "in training", captions)
+        return features.judge(features(images), torch.arange(len(images)))
 
 
 class ReconstructionMonitor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from teachers.condition import Condition
 from teachers.data import open_dataset
 
 logger = logging.getLogger(__name__)
@@ -84,3 +86,16 @@ def micro_conditions(image_size: tuple[int, int], num_images: int, device: torch
     """Width, height, no crop and the usual aesthetic score, (num_images, 5)."""
     height, width = image_size
     return torch.tensor([width, height, 0, 0, AESTHETIC_SCORE], device=device).expand(num_images, -1)
+
+
+class Prompts:
+    """Prompts (N) as conditions to draw from, encoded by a pipeline when they are asked for."""
+
+    def __init__(self, pipeline: Any, prompts: list[str]):
+        self.pipeline, self.prompts = pipeline, prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def condition(self, places: torch.Tensor, device: torch.device | str) -> Condition:
+        return self.pipeline.encode_condition([self.prompts[place] for place in places.tolist()]).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, UVit2DModel, VQModel
@@ -18,12 +19,12 @@ MEISSONIC = {"num_inference_steps": 64, "guidance_scale": 9.0}
 MONETICO = {"num_inference_steps": 48, "guidance_scale": 9.0}
 
 
-def is_published(name: str) -> bool:
+def is_published(name: str | Path) -> bool:
     """Whether a folder, or a hub id, is one of a published teacher: it has a transformer beside a `vqvae`."""
     return {"transformer", "vqvae"} <= set(DiffusionPipeline.load_config(name))
 
 
-def published_components(name: str, image_size: int | None = None, **settings: Any) -> dict[str, Any]:
+def published_components(name: str | Path, image_size: int | None = None, **settings: Any) -> dict[str, Any]:
     """What `MaskedDiffusionPipeline` is made of, from a published folder or hub id.
 
     Args:
