@@ -61,6 +61,7 @@ class StudentJob:
     prompts: PromptConfig = section(PromptConfig, "what a teacher conditioned on text is distilled on")
     negative_prompt: str = setting("", "what its guidance leads away from; empty: the teacher's own")
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of prompts during training")
 
     def __post_init__(self) -> None:
         if not self.auxiliary_learning_rate > 0:

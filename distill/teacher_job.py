@@ -91,6 +91,7 @@ class TeacherJob:
     objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
     sampler: SamplerConfig = section(SamplerConfig, "how it generates")
     training: TrainingConfig = section(TrainingConfig, "the loop")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of captions during training")
 
 
 Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int], dict[str, float]]

@@ -16,6 +16,7 @@ from students.export import image_grid, sample_grid
 from teachers.condition import Conditions
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
+from teachers.prompt_cache import PromptCache
 from teachers.vq import VQTokenizer
 from teachers.vq_objective import codebook_use
 
@@ -23,26 +24,32 @@ NUM_IMAGES = 1000
 
 
 class SampleMonitor:
-    """Called with (pipeline, conditions, step): writes `samples/step-000100.png`, returns FD and class consistency.
+    """Called with (pipeline, conditions, step): writes `samples/step-000100.png`, returns FD and class consistency, or
+    CLIP score.
 
-    Without data (`data.name` empty) it only writes the samples.
+    Without data (`data.name` empty), and for prompts without a CLIP that scores, it only writes the samples.
     """
 
-    def __init__(self, output: Path, data: DataConfig):
+    def __init__(self, output: Path, data: DataConfig, scoring_clip: str = ""):
         self.folder = output / "samples"
-        self.data = data
+        self.data, self.scoring_clip = data, scoring_clip
         self._reference: Reference | None = None
 
     def __call__(self, pipeline: TokenPipeline, conditions: Conditions, step: int) -> dict[str, float]:
         self.folder.mkdir(parents=True, exist_ok=True)
         columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
         sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
-        if not self.data.name:
+        if not self.data.name or (pipeline.takes_prompts and not self.scoring_clip):
             return {}
-        images, labels, _ = generate(pipeline, NUM_IMAGES, conditions=conditions)
+        images, places, _ = generate(pipeline, NUM_IMAGES, conditions=conditions)
         if self._reference is None:
-            self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
-        return self._reference.quick(images, labels)
+            self._reference = self._make_reference(conditions)
+        return self._reference.quick(images, places)
+
+    def _make_reference(self, conditions: Conditions) -> Reference:
+        if isinstance(conditions, PromptCache):
+            return Reference(ClipFeatures.load(self.scoring_clip, conditions.prompts), real_images(self.data))
+        return reference_for(self.data, self.folder.parent.parent / "classifier")
 
 
 class RetrievalMonitor:
