@@ -16,11 +16,11 @@ from distill.dimo import DiMO, DiMOConfig
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
-from teachers.condition import ClassLabels, Condition, Conditions
+from teachers.condition import Condition, Conditions
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
 from teachers.folder import new_folder
-from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline, all_classes
 from teachers.prompt_cache import PromptCache, write_prompt_cache
 from teachers.prompts import PromptConfig, load_prompts
 from teachers.randomness import rand
@@ -130,7 +130,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
     """All classes, or the prompts: those are encoded into the run's folder once, and the text encoder is let go."""
     if not teacher.takes_prompts:
-        return ClassLabels(torch.arange(teacher.num_classes))
+        return all_classes(teacher)
     if not job.prompts.name:
         raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
     prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
-from teachers.condition import ClassLabels, Conditions
-from teachers.pipeline import TokenPipeline
+from teachers.condition import Conditions
+from teachers.pipeline import TokenPipeline, all_classes
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
 
@@ -45,8 +45,7 @@ def generate(
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
     """
-    if conditions is None:
-        conditions = ClassLabels(torch.arange(pipeline.num_classes))
+    conditions = all_classes(pipeline) if conditions is None else conditions
     labels = torch.arange(num_images) % len(conditions)
     images, evaluations = [], 0.0
     starts = range(0, num_images, batch_size)

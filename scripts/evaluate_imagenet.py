@@ -13,7 +13,6 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from distill.command import run
@@ -22,8 +21,7 @@ from eval.chunks import claim, write_chunks
 from eval.imagenet import measure, read_images, read_statistics
 from eval.inception import InceptionFeatures
 from students.loading import load_pipeline
-from teachers.condition import ClassLabels
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
 PUBLISHED_PROTOCOL = """
@@ -76,7 +74,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     write_chunks(
         pipeline,
-        ClassLabels(torch.arange(pipeline.num_classes)),
+        all_classes(pipeline),
         lambda images: {"features": features(images), "probabilities": features.probabilities(images)},
         arguments.output,
         arguments.num_images,

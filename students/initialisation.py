@@ -12,9 +12,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from teachers.condition import ClassCondition, ClassLabels, Condition, Conditions
+from teachers.condition import ClassCondition, Condition, Conditions
 from teachers.corruption import corrupt
-from teachers.pipeline import TokenPipeline
+from teachers.pipeline import TokenPipeline, all_classes
 from teachers.randomness import Generators, rand, randn, sample_cumulative
 
 RANDOM_TOKENS = ("uniform", "marginal")
@@ -102,7 +102,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
             **settings,
         )
         if random_tokens == "marginal":
-            conditions = ClassLabels(torch.arange(teacher.num_classes)) if prompts is None else prompts
+            conditions = all_classes(teacher) if prompts is None else prompts
             initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher, conditions).cumsum(-1))
         return initialiser.to(teacher.device)
 

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.amused import AmusedDenoiser
-from teachers.condition import ClassCondition, Condition, TextCondition
+from teachers.condition import ClassCondition, ClassLabels, Condition, TextCondition
 from teachers.guidance import GuidedDenoiser, guide
 from teachers.halton_network import HaltonMaskGITTransformer
 from teachers.meissonic_network import MeissonicTransformer
@@ -156,6 +156,13 @@ class TokenPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
+
+
+def all_classes(pipeline: TokenPipeline) -> ClassLabels:
+    """The classes that the pipeline knows, in order."""
+    if pipeline.takes_prompts:
+        raise ValueError("this model is conditioned on text: it has no classes to go through; name prompts")
+    return ClassLabels(torch.arange(pipeline.num_classes))
 
 
 class MaskedDiffusionPipeline(TokenPipeline):

@@ -72,7 +72,7 @@ class Fake:
 def test_tuning_reports_on_another_draw(monkeypatch):
     seeds = []
 
-    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+    def fake_generate(pipeline, num_images, *, conditions, seed, description, temperature):
         seeds.append((temperature, seed, num_images))
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(num_images, 2, generator=generator) + abs(temperature - 0.5), None, 1
@@ -95,7 +95,7 @@ def test_tuning_can_ask_for_faithfulness_to_the_class(monkeypatch, least, chosen
         def judge(self, features, places):
             return {"class_consistency": 0.5 if features[:, 0].mean() > 0.3 else 0.0}
 
-    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+    def fake_generate(pipeline, num_images, *, conditions, seed, description, temperature):
         images = torch.randn(num_images, 2, generator=torch.Generator().manual_seed(seed)) + abs(temperature - 0.5)
         return images, torch.zeros(num_images, dtype=torch.long), 1
 
