@@ -78,7 +78,7 @@ def add_frontier_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
     options.add_argument("--samplers", nargs="+", metavar="NAME", help="some of them; default: all")
     options.add_argument("--guidance-scales", type=float, nargs="+", default=[1.0, 1.25])
-    options.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6])
+    options.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4])
     options.add_argument("--num-tuning-images", type=int, default=1000)
     options.add_argument("--num-report-images", type=int, default=2000)
     options.add_argument("--save-best", action="store_true", help="make the best setting the teacher folder's default")
