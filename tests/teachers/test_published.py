@@ -33,3 +33,28 @@ def test_an_amused_folder_of_diffusers_gives_the_same_logits_images_and_conditio
     torch.testing.assert_close(pipe.decode(codes), images)
     quantised = theirs.vqvae.quantize(theirs.vqvae.encode(images).latents)[2][2]
     assert torch.equal(pipe.encode(images).flatten(), quantised.flatten())
+
+
+def test_half_precision_decodes_in_single(tmp_path):
+    folder = amused_folder(tmp_path / "amused")
+    loaded = MaskedDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    moved = MaskedDiffusionPipeline.from_pretrained(folder).to(torch.float16)
+    for pipe in (loaded, moved):
+        assert pipe.denoiser.dtype == torch.float16
+        images = pipe("a red car", num_inference_steps=3, output_type="pt").images
+        assert images.dtype == torch.float32
+        assert images.isfinite().all()
+
+
+def test_a_pipeline_without_its_text_encoder_takes_encoded_prompts(tmp_path):
+    folder = amused_folder(tmp_path / "amused")
+    whole = MaskedDiffusionPipeline.from_pretrained(folder)
+    bare = MaskedDiffusionPipeline.from_pretrained(folder, text_encoder=None, text_tokenizer=None)
+    with torch.no_grad():
+        condition = whole.encode_condition(["a red car", "house"])
+    output = bare(condition=condition, num_inference_steps=3, output_type="pt")
+    assert output.images.shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="without its text encoder"):
+        bare("a red car")
+    bare.save_pretrained(tmp_path / "bare")
+    assert MaskedDiffusionPipeline.from_pretrained(tmp_path / "bare").text_encoder is None
