@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from teachers.condition import ClassCondition, Condition, Conditions
 from teachers.corruption import corrupt
 from teachers.pipeline import TokenPipeline, all_classes
-from teachers.randomness import Generators, rand, randn, sample_cumulative
+from teachers.randomness import Generators, invert_cumulative, rand, randn
 
 RANDOM_TOKENS = ("uniform", "marginal")
 NOISE_SCALES = ("embedding", "unit")
@@ -78,7 +78,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         if noise_scale not in NOISE_SCALES:
             raise ValueError(f"noise_scale={noise_scale!r} is not known; choose from {', '.join(NOISE_SCALES)}")
         length = token_grid[0] * token_grid[1]
-        # The sums along V, because that is what drawing needs; uniform tokens share one row.
+        # The sums along V, because that is what drawing needs. Uniform tokens need none.
         rows = (max(num_classes, 1), length) if random_tokens == "marginal" else (1, 1)
         uniform = torch.full((*rows, codebook_size), 1 / codebook_size)
         self.register_buffer("cumulative_probabilities", uniform.cumsum(-1))
@@ -117,11 +117,14 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
     def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
         """Random image tokens (B, L)."""
         length = self.config.token_grid[0] * self.config.token_grid[1]
-        if isinstance(condition, ClassCondition) and self.config.random_tokens == "marginal":
-            cumulative = self.cumulative_probabilities[condition.class_labels]
-        else:
-            cumulative = self.cumulative_probabilities.expand(len(condition), length, -1).contiguous()
-        return sample_cumulative(cumulative, generator)
+        cumulative = self.cumulative_probabilities
+        uniform = rand(len(condition), length, generator=generator, device=cumulative.device)
+        if self.config.random_tokens == "uniform":
+            return (uniform * self.config.codebook_size).long()
+        if isinstance(condition, ClassCondition):
+            return invert_cumulative(cumulative[condition.class_labels], uniform)
+        by_position = uniform.T.contiguous() * cumulative[0, :, -1:]  # prompts share the probabilities of a position
+        return torch.searchsorted(cumulative[0], by_position, right=True).T
 
     def perturb(self, embeddings: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """The embeddings (B, L, D) of the initial tokens with fresh noise of size `embedding_noise`."""
