@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from teachers.samplers import (
 )
 
 STUDENT = "one-step student"
-SPEED_BATCH_SIZE, SPEED_ROUNDS = 128, 3
+SPEED_ROUNDS = 3
 
 
 def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
@@ -47,9 +48,10 @@ def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
             SelfCorrectionSampler(8, fractions=fractions, score="leave_one_out") for fractions in corrections
         ],
         "ReMDM": [ReMDMSampler(k, eta=eta) for k in (16, 32) for eta in (0.02, 0.1)],
-        "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.02, 0.1, 0.3)],
-        "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.3, 0.6, 0.9)],
-        "PUNT": [PUNTSampler(epsilon) for epsilon in (0.02, 0.1, 0.5, 2.0)],
+        "entropy bound": [EntropyBoundedSampler(bound * length) for bound in (0.1, 0.3)],
+        "confidence threshold": [ConfidenceThresholdSampler(threshold) for threshold in (0.1, 0.3)],
+        "PUNT": [PUNTSampler(epsilon) for epsilon in (0.1, 0.5, 2.0)],
+        "PUNT, random order": [PUNTSampler(epsilon, order="random") for epsilon in (0.1, 0.5, 2.0)],
         "first hitting": [FirstHittingSampler()],
     }
     return {family: chosen for family, chosen in samplers.items() if chosen}
@@ -80,6 +82,7 @@ def measure_frontier(
     grid: Grid,
     cache: Path,
     identity: dict[str, Any],
+    speed_batch_size: int = 128,
     conditions: Conditions | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each sampler, setting and guidance scale, and for the student: what it costs and how good it is.
@@ -119,10 +122,17 @@ def measure_frontier(
 
     calls = [(pipeline, _call(row)) for pipeline, row in zip(pipelines, rows, strict=True)]
     candidates = {str(place): call for place, call in enumerate(calls)}
-    speeds = measure_speed(candidates, batch_sizes=[SPEED_BATCH_SIZE], num_repeats=SPEED_ROUNDS, conditions=conditions)
-    for row, speed, call in zip(rows, speeds, calls, strict=True):
+    speeds = measure_speed(
+        candidates,
+        batch_sizes=[speed_batch_size],
+        num_repeats=SPEED_ROUNDS,
+        conditions=conditions,
+        progress=partial(print, "timing:", flush=True),
+    )
+    timed = progress_bar(zip(rows, speeds, calls, strict=True), total=len(rows), desc="overhead", unit="setting")
+    for row, speed, call in timed:
         row["images_per_second"] = speed["images_per_second"]
-        row["sampler_overhead"] = sampler_overhead(*call, SPEED_BATCH_SIZE, conditions)
+        row["sampler_overhead"] = sampler_overhead(*call, speed_batch_size, conditions)
     distance = reference.features.distance_names[0]
     mark_frontier(rows, distance)
     return rows

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
-MARKERS = "os^vDPXph<"
+MARKERS = "os^vDPXph<>d8H"
 FAITHFULNESS = ("class_consistency", "clip_score", "retrieval_accuracy")
 
 
@@ -92,7 +92,7 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
                     [row[cost] for row in points],
                     [row[distance] for row in points],
                     MARKERS[number % len(MARKERS)],
-                    color=matplotlib.colormaps["tab10"](number % 10),
+                    color=matplotlib.colormaps["tab20"](2 * number % 20 + number // 10),
                     label=sampler,
                     alpha=0.8,
                 )
@@ -101,6 +101,9 @@ def frontier_plot(rows: list[dict[str, Any]], distance: str, student: str) -> PI
             (point,) = (row for row in rows if row["sampler"] == student)
             axes.plot(point[cost], point[distance], "*", markersize=18, color=STUDENT, label=student)
             axes.set_xscale("log", base=2 if cost == "nfe" else 10)
+            if cost != "nfe":
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_minor_locator(NullLocator())
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_minor_locator(NullLocator())

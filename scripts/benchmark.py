@@ -23,7 +23,6 @@ from distill.config import load_config
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference
 from eval.frontier import (
-    SPEED_BATCH_SIZE,
     SPEED_ROUNDS,
     STUDENT,
     measure_frontier,
@@ -81,6 +80,7 @@ def add_frontier_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4])
     options.add_argument("--num-tuning-images", type=int, default=1000)
     options.add_argument("--num-report-images", type=int, default=2000)
+    options.add_argument("--speed-batch-size", type=int, default=128, help="of the timings")
     options.add_argument("--save-best", action="store_true", help="make the best setting the teacher folder's default")
 
 
@@ -149,7 +149,9 @@ def frontier(arguments: argparse.Namespace) -> None:
         "features": reference.features.name,
     } | ({} if prompts is None else {"prompts": arguments.prompts})
     cache = arguments.output / "points.jsonl"
-    rows = measure_frontier(teacher, student, chosen, reference, grid, cache, identity, prompts)
+    rows = measure_frontier(
+        teacher, student, chosen, reference, grid, cache, identity, arguments.speed_batch_size, prompts
+    )
 
     distance = reference.features.distance_names[0]
     best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])
@@ -158,7 +160,7 @@ def frontier(arguments: argparse.Namespace) -> None:
         "Images": f"{grid.num_report_images} for every row, against {len(reference.real_features)} of {data.name}; "
         f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
         "Features": reference.features.name,
-        "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {SPEED_BATCH_SIZE}, images decoded; "
+        "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {arguments.speed_batch_size}, images decoded; "
         + ", ".join(f"{key} {value}" for key, value in machine(arguments.device).items()),
         "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "clean-fid")),
     }

