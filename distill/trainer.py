@@ -199,7 +199,11 @@ class Trainer:
             logger.info("resuming from %s", checkpoint)
         if accelerator.is_main_process:
             self._trim_metrics()
-        accelerator.init_trackers("tracker", config=run_settings or {})
+        plain = {  # tensorboard takes nothing else
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in (run_settings or {}).items()
+        }
+        accelerator.init_trackers("tracker", config=plain)
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
