@@ -102,7 +102,7 @@ def test_tuning_can_ask_for_faithfulness_to_the_class(monkeypatch, least, chosen
     monkeypatch.setattr("eval.tuning.generate", fake_generate)
     grid = Grid((2.0, 1.0, 0.5), (1.0,), (1,), num_tuning_images=500, num_report_images=500)
     reference = Reference(Half(), torch.randn(1000, 2, generator=torch.Generator().manual_seed(9)))
-    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake", least_class_consistency=least)
+    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake", {"class_consistency": least})
     assert row["settings"] == {"temperature": chosen}
 
 
