@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
@@ -169,12 +170,19 @@ def encode_captions(job: TeacherJob, data: TokenCache, folder: Path) -> PromptCa
 
 
 def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    """The text encoder and tokenizer of a CLIP."""
+    """The text encoder and tokenizer of a CLIP; the half that sees images is left behind."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it reports each weight of that half
     try:
-        text_encoder = CLIPTextModelWithProjection.from_pretrained(name)
-        return text_encoder.eval(), CLIPTokenizer.from_pretrained(name)
+        text_encoder, found = CLIPTextModelWithProjection.from_pretrained(name, output_loading_info=True)
+        text_tokenizer = CLIPTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"there is no CLIP at {name} (a folder, or a hub id): {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the CLIP at {name} lacks {', '.join(sorted(found['missing_keys']))}")
+    return text_encoder.eval(), text_tokenizer
 
 
 def make_denoiser(job: TeacherJob, data: TokenCache, conditions: Conditions) -> Denoiser:

@@ -1,13 +1,15 @@
 """Distillation of a teacher conditioned on text, from a published folder to an exported student."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from tiny_text import amused_folder
+from tiny_text import amused_folder, tiny_text_encoder
 
 from distill.config import load_config
 from distill.student_job import StudentJob, load_student, make_learner, train_student
@@ -91,6 +93,62 @@ def test_the_text_encoder_is_let_go_before_the_first_step(job):
         patch.setattr("distill.student_job.MaskedDiffusionPipeline", Watched)
         train_student(job("training.evaluate_every=1"), monitor)
     assert alive == [False] * 3
+
+
+CLIP_L = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_memory_of_distillation_is_less_by_the_text_encoder(tmp_path, capsys):
+    """`pytest -m slow -k memory -s` prints it: the text encoder of CLIP ViT-L/14, beside a tiny aMUSEd."""
+    amused_folder(tmp_path / "amused", **CLIP_L)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    resident = {}
+    for kept in (False, True):
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURED_JOB, str(tmp_path), str(int(kept))],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        resident[kept] = int(run.stdout.splitlines()[-1]) / 1e6
+    saved = resident[True] - resident[False]
+    encoder = 4e-6 * sum(parameter.numel() for parameter in tiny_text_encoder(**CLIP_L)[0].parameters())
+    with capsys.disabled():
+        print(f"\nmemory in a step: {resident[False]:.0f} MB; were the text encoder kept: {resident[True]:.0f} MB")
+        print(f"saved {saved:.0f} MB; the text encoder's weights are {encoder:.0f} MB")
+    assert saved > 0.9 * encoder
+
+
+MEASURED_JOB = """
+import sys
+import psutil
+import distill.student_job as student_job
+from distill.config import load_config
+
+folder, kept = sys.argv[1], []
+load_teacher = student_job.load_teacher
+
+def load_and_keep(name):
+    teacher = load_teacher(name)
+    kept.append(teacher.text_encoder if int(sys.argv[2]) else None)
+    return teacher
+
+student_job.load_teacher = load_and_keep
+job = load_config(student_job.StudentJob, overrides=[
+    f"teacher={folder}/amused", f"prompts.name={folder}/prompts.txt", f"output={folder}/run-{sys.argv[2]}",
+    "training.num_steps=3", "training.batch_size=4", "training.tracker=none", "training.evaluate_every=1",
+])
+resident = []
+
+def measure(pipeline, conditions, step):
+    resident.append(psutil.Process().memory_info().rss)
+    return {}
+
+student_job.train_student(job, measure)
+print(resident[-1])
+"""
 
 
 def test_recomputed_activations_give_the_same_gradients(job, tmp_path):
