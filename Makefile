@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-slow lint clean
 
 help:
 	@echo "make quickstart   train a small teacher, distil it to one step, measure both, write runs/digits/report.html"
 	@echo "make test         the test suite (minutes)"
+	@echo "make test-slow    the tests that are left out of it"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv and caches (runs/ stays)"
 
@@ -22,6 +23,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ class DiMOConfig:
     beta: float = setting(0.0, "the divergence: 0 forward KL, 1 reverse KL, any real number")
     weighting: str = setting("sum", "of the gradient: sum (the authors' code), or paper (w(t) / L_M)")
     mask_schedule: str = setting("arccos", "how x_t is masked: arccos, cosine, linear, square")
+    mask_ratio_range: tuple[float, float] = setting((0.0, 1.0), "lowest and highest mask ratio of x_t")
     temperature: float = setting(1.0, "of the student's samples in training")
     top_k: int = setting(0, "of the student's samples in training; 0 keeps all")
     top_p: float = setting(1.0, "of the student's samples in training; 1 keeps all")
@@ -51,6 +52,9 @@ class DiMOConfig:
         for name in ("teacher_temperature", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        lowest, highest = self.mask_ratio_range
+        if not 0 <= lowest <= highest <= 1:
+            raise ValueError(f"mask_ratio_range={[lowest, highest]} must be ordered and within [0, 1]")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         for name in ("auxiliary_label_smoothing", "auxiliary_soft_weight"):
@@ -94,7 +98,7 @@ class DiMO:
             logits.detach(), generator, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
         )
         progress = rand(len(tokens), 1, generator=generator, device=tokens.device).squeeze(1)
-        mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress)
+        mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress).clamp(*config.mask_ratio_range)
         corrupted, mask = corrupt(tokens, mask_ratio, mask_token_id, generator)  # x_t
         with torch.set_grad_enabled("auxiliary" in update):
             auxiliary_logits = networks["auxiliary"](corrupted, condition)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,15 @@ from distill.dimo import DiMO, DiMOConfig
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
-from teachers.condition import Condition
+from teachers.condition import Condition, Conditions
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
-from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.folder import new_folder
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline, all_classes
+from teachers.prompt_cache import PromptCache, write_prompt_cache
+from teachers.prompts import PromptConfig, load_prompts
 from teachers.randomness import rand
+from teachers.recompute import recompute_activations
 
 
 @dataclass
@@ -53,14 +58,17 @@ class StudentJob:
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
+    prompts: PromptConfig = section(PromptConfig, "what a teacher conditioned on text is distilled on")
+    negative_prompt: str = setting("", "what its guidance leads away from; empty: the teacher's own")
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of prompts during training")
 
     def __post_init__(self) -> None:
         if not self.auxiliary_learning_rate > 0:
             raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
 
 
-Monitor = Callable[[OneStepPipeline, int], dict[str, float]]
+Monitor = Callable[[OneStepPipeline, Conditions, int], dict[str, float]]
 
 
 def load_teacher(name: str) -> MaskedDiffusionPipeline:
@@ -74,7 +82,10 @@ def load_teacher(name: str) -> MaskedDiffusionPipeline:
 
 
 def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, step)` measures the averaged student now and then. False if interrupted."""
+    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged student now and then.
+
+    False if interrupted.
+    """
     output = Path(job.output)
     teacher = load_teacher(job.teacher)
     accelerator = make_accelerator(job.training, output)
@@ -88,16 +99,18 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
     teacher.to(accelerator.device)
     teacher.denoiser.eval().requires_grad_(False)
-    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
-    student = make_learner(teacher.denoiser, job.freeze_embeddings)
-    auxiliary = make_learner(teacher.denoiser, job.freeze_embeddings)
+    with accelerator.main_process_first():
+        conditions = open_conditions(job, teacher, output)
+        initialiser = make_initialiser(job, teacher, conditions, output)
+    learner = partial(make_learner, teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing)
+    student, auxiliary = learner(), learner()
 
     def pipeline(network: Denoiser) -> OneStepPipeline:
         return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
 
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
         uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
-        return Condition((uniform * teacher.num_classes).long())
+        return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
 
     trainer = Trainer(
         job.training,
@@ -108,18 +121,48 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         averaged="student",
         draw_batch=draw_condition,
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
+        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), conditions, step),
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
     return trainer.train()
 
 
-def make_learner(teacher: Denoiser, freeze_embeddings: bool) -> Denoiser:
+def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
+    """All classes, or the prompts: those are encoded into the run's folder once, and the text encoder is let go."""
+    if not teacher.takes_prompts:
+        return all_classes(teacher)
+    if not job.prompts.name:
+        raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
+    prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt
+    folder = output / "prompts"
+    assert teacher.text_encoder is not None
+    assert teacher.text_tokenizer is not None
+    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
+    teacher.register_modules(text_encoder=None, text_tokenizer=None)
+    return PromptCache(folder, teacher.tokenizer.config.image_size)
+
+
+def make_initialiser(
+    job: StudentJob, teacher: MaskedDiffusionPipeline, conditions: Conditions, output: Path
+) -> TokenInitialiser:
+    """The initialiser in the run's folder, put there first if it is not."""
+    folder = output / "initialiser"
+    if not folder.exists():
+        with new_folder(folder) as staging:
+            prompts = conditions if teacher.takes_prompts else None
+            initialiser = TokenInitialiser.for_teacher(teacher, prompts=prompts, **asdict(job.initial))
+            initialiser.save_pretrained(staging)
+    return TokenInitialiser.from_pretrained(folder).to(teacher.device)
+
+
+def make_learner(teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False) -> Denoiser:
     """A copy of the teacher that learns, without dropout."""
     learner = copy.deepcopy(teacher).requires_grad_(True).eval()
     if freeze_embeddings:
         for parameter in learner.embedding_parameters():
             parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        recompute_activations(learner.layers)
     return learner
 
 
@@ -130,8 +173,9 @@ def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
     student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
-    initialiser = TokenInitialiser.for_teacher(teacher, **asdict(job.initial))
-    return OneStepPipeline(student, teacher.tokenizer, initialiser), job, step
+    initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
+    pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
+    return pipeline, job, step
 
 
 def load_job(run: Path) -> StudentJob:

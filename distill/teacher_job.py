@@ -8,17 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
 from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
-from teachers.condition import Condition
+from teachers.amused import AmusedDenoiser
+from teachers.condition import ClassLabels, Condition, Conditions
 from teachers.corruption import MASK_SCHEDULES
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.network import MaskGITTransformer
 from teachers.objective import MaskedDiffusionObjective
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.prompt_cache import PromptCache, write_prompt_cache
 from teachers.randomness import derive_seed
+from teachers.recompute import recompute_activations
 from teachers.samplers.maskgit import ORDERS, MaskGITSampler
 from teachers.token_cache import TokenCache, load_token_cache
 from teachers.tokenizer import PatchTokenizer
@@ -34,10 +39,11 @@ class TokenizerConfig:
 
 @dataclass
 class NetworkConfig:
-    """The MaskGIT transformer."""
+    """The transformer: MaskGIT's for classes, aMUSEd's for text."""
 
     hidden_size: int = setting(64, "width")
     num_layers: int = setting(3, "blocks")
+    num_res_blocks: int = setting(1, "aMUSEd's convolution blocks before the transformer, and after it")
     num_attention_heads: int = setting(4, "attention heads")
     mlp_size: int = setting(256, "width of the feed-forward layers")
     dropout: float = setting(0.0, "dropout while the teacher is trained")
@@ -80,22 +86,26 @@ class TeacherJob:
     output: str = setting("runs/teacher", "folder of the run; the pipeline is written to OUTPUT/pipeline")
     data: DataConfig = section(DataConfig, "the images")
     tokens: str = setting("", "folder of scripts/cache_tokens.py; empty: a patch tokenizer is fitted to the images")
+    text_encoder: str = setting("", "CLIP (folder or hub id) of a teacher conditioned on captions; empty: on classes")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "how images become tokens")
     network: NetworkConfig = section(NetworkConfig, "the denoiser")
     objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
     sampler: SamplerConfig = section(SamplerConfig, "how it generates")
     training: TrainingConfig = section(TrainingConfig, "the loop")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of captions during training")
 
 
-Monitor = Callable[[MaskedDiffusionPipeline, int], dict[str, float]]
+Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int], dict[str, float]]
 
 
 def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, step)` measures the averaged weights now and then. False if interrupted."""
+    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged weights now and then.
+
+    False if interrupted.
+    """
     output = Path(job.output)
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
-    if not data.class_names:
-        raise ValueError("the teacher is class-conditional; name the column with the labels (data.label_column)")
+    check_columns(job, data)
     accelerator = make_accelerator(job.training, output)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
@@ -103,15 +113,21 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
             (output / "config.yaml").write_text(to_yaml(job))
         if isinstance(data, ImageData):
             data = tokenise(job, data, output / "tokenizer")
+        conditions: Conditions
+        to_sample: Conditions
+        if job.text_encoder:
+            conditions = to_sample = encode_captions(job, data, output / "prompts")
+        else:
+            conditions, to_sample = ClassLabels(data.labels), ClassLabels(torch.arange(len(data.class_names)))
     tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
-    denoiser = MaskGITTransformer(
-        tokenizer.codebook_size, len(data.class_names), tokenizer.token_grid, **asdict(job.network)
-    )
+    denoiser = make_denoiser(job, data, conditions)
+    if job.training.gradient_checkpointing:
+        recompute_activations(denoiser.layers)
     sampler = MaskGITSampler(**asdict(job.sampler))
 
-    def pipeline(network: MaskGITTransformer) -> MaskedDiffusionPipeline:
-        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler)
+    def pipeline(network: Denoiser, *text_modules) -> MaskedDiffusionPipeline:
+        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, *text_modules)
         return pipeline.to(accelerator.device)
 
     trainer = Trainer(
@@ -121,17 +137,80 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         networks={"denoiser": denoiser.train()},
         learning_rates={"denoiser": job.training.learning_rate},
         averaged="denoiser",
-        draw_batch=TokenBatches(data.tokens, data.labels, job.training, accelerator.device),
+        draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), step),
+        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), to_sample, step),
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()
     if finished and accelerator.is_main_process:
-        pipeline(trainer.averaged_network()).save_pretrained(output / "pipeline")
+        text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
+        pipeline(trainer.averaged_network(), *text_modules).save_pretrained(output / "pipeline")
         names = json.dumps(data.class_names, ensure_ascii=False)
         (output / "pipeline" / "class_names.json").write_text(names)
     return finished
+
+
+def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
+    """A ValueError where the data lack what the teacher is to be conditioned on."""
+    if not job.text_encoder and not data.class_names:
+        raise ValueError(
+            "name the column with the labels (data.label_column); or, for a teacher conditioned on captions, their "
+            "column (data.text_column) and a text_encoder"
+        )
+    if job.text_encoder and data.texts is None:
+        raise ValueError("there are no captions for the text_encoder: name their column (data.text_column)")
+
+
+def encode_captions(job: TeacherJob, data: TokenCache, folder: Path) -> PromptCache:
+    """The captions' encodings, from the folder; without the text encoder's staying in memory."""
+    assert data.texts is not None
+    write_prompt_cache(folder, *load_text_modules(job.text_encoder), data.texts)
+    return PromptCache(folder, data.tokenizer.config.image_size)
+
+
+def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """The text encoder and tokenizer of a CLIP; the half that sees images is left behind."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it reports each weight of that half
+    try:
+        text_encoder, found = CLIPTextModelWithProjection.from_pretrained(name, output_loading_info=True)
+        text_tokenizer = CLIPTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"there is no CLIP at {name} (a folder, or a hub id): {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the CLIP at {name} lacks {', '.join(sorted(found['missing_keys']))}")
+    return text_encoder.eval(), text_tokenizer
+
+
+def make_denoiser(job: TeacherJob, data: TokenCache, conditions: Conditions) -> Denoiser:
+    """An untrained network: MaskGIT's, or aMUSEd's where the conditions are captions."""
+    network, tokenizer = job.network, data.tokenizer
+    if not isinstance(conditions, PromptCache):
+        settings = asdict(network)
+        del settings["num_res_blocks"]
+        return MaskGITTransformer(tokenizer.codebook_size, len(data.class_names), tokenizer.token_grid, **settings)
+    states_width, pooled_width = conditions.text_sizes
+    return AmusedDenoiser(
+        tokenizer.token_grid,
+        {
+            "hidden_size": network.hidden_size,
+            "hidden_dropout": network.dropout,
+            "cond_embed_dim": pooled_width,
+            "encoder_hidden_size": states_width,
+            "vocab_size": tokenizer.codebook_size + 1,
+            "codebook_size": tokenizer.codebook_size,
+            "in_channels": network.hidden_size,
+            "block_out_channels": network.hidden_size,
+            "num_res_blocks": network.num_res_blocks,
+            "block_num_heads": network.num_attention_heads,
+            "num_hidden_layers": network.num_layers,
+            "num_attention_heads": network.num_attention_heads,
+            "intermediate_size": network.mlp_size,
+        },
+    )
 
 
 def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
@@ -141,16 +220,16 @@ def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
         tokenizer = PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer))
         tokenizer.save_pretrained(folder)
     tokenizer = PatchTokenizer.from_pretrained(folder)
-    return TokenCache(tokenizer.encode(images), data.labels, data.class_names, tokenizer)
+    return TokenCache(tokenizer.encode(images), data.labels, data.class_names, data.texts, tokenizer)
 
 
 class TokenBatches:
     """Batches of a tokenised data set; a pure function of seed, step and places."""
 
-    def __init__(self, tokens: torch.Tensor, labels: torch.Tensor, config: TrainingConfig, device: torch.device):
-        self.tokens, self.labels, self.device = tokens, labels, device
+    def __init__(self, tokens: torch.Tensor, conditions: Conditions, config: TrainingConfig, device: torch.device):
+        self.tokens, self.conditions, self.device = tokens, conditions, device
         self.rows = ShuffledRows(len(tokens), config.batch_size, config.seed)
 
     def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
         rows = self.rows(step, places)
-        return self.tokens[rows].long().to(self.device), Condition(self.labels[rows].to(self.device))
+        return self.tokens[rows].long().to(self.device), self.conditions.condition(rows, self.device)

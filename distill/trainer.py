@@ -52,6 +52,7 @@ class TrainingConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm, each network's alone")
     ema_decay: float = setting(0.999, "of the averaged weights, warmed up as min(decay, (1 + n) / (10 + n))")
     mixed_precision: str = setting("no", "no or bf16")
+    gradient_checkpointing: bool = setting(False, "compute activations again in the backward: less memory, more time")
     seed: int = setting(0, "every random draw is a function of it, the step and the place in the batch")
     log_every: int = setting(20, "steps between lines of metrics.jsonl")
     evaluate_every: int = setting(0, "steps between sample grids and quick measurements; 0: only at the end")
@@ -198,7 +199,11 @@ class Trainer:
             logger.info("resuming from %s", checkpoint)
         if accelerator.is_main_process:
             self._trim_metrics()
-        accelerator.init_trackers("tracker", config=run_settings or {})
+        plain = {  # tensorboard takes nothing else
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in (run_settings or {}).items()
+        }
+        accelerator.init_trackers("tracker", config=plain)
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}

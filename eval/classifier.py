@@ -66,9 +66,10 @@ class ClassifierFeatures:
         return torch.cat([self.classifier.features(part) for part in parts]).cpu()
 
     @torch.no_grad()
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """The classes (N,) that features (N, 64) speak for."""
-        return self.classifier.head(features.to(self.classifier.device)).argmax(-1).cpu()
+    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
+        """The share of features (N, 64) that speak for the class of the image."""
+        predicted = self.classifier.head(features.to(self.classifier.device)).argmax(-1).cpu()
+        return {"class_consistency": (predicted == places).double().mean().item()}
 
     @classmethod
     def cached(cls, folder: Path, config: DataConfig, train: ImageData, test: ImageData) -> ClassifierFeatures:

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
-from teachers.pipeline import TokenPipeline
+from teachers.condition import Conditions
+from teachers.pipeline import TokenPipeline, all_classes
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
 
@@ -15,36 +16,44 @@ MAX_NEIGHBOURS = 10_000
 
 
 class Features(Protocol):
-    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D); classes too, if it knows them."""
+    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D).
+
+    It also judges how true features are to the conditions of the images, given their places (N,), if it knows those.
+    """
 
     name: str
     distance_names: tuple[str, str]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor | None: ...
+    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]: ...
 
 
 def generate(
     pipeline: TokenPipeline,
     num_images: int,
     *,
+    conditions: Conditions | None = None,
     seed: int = 0,
     batch_size: int = 500,
     description: str | None = None,
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Images (N, C, H, W), labels (N,) that go round the classes, and the NFE per image.
+    """Images (N, C, H, W), the places (N,) of the conditions they are of, and the NFE per image.
+
+    They go round the conditions: of a class-conditional pipeline by default all classes, whose places are the labels.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
     """
-    labels = torch.arange(num_images) % pipeline.num_classes
+    conditions = all_classes(pipeline) if conditions is None else conditions
+    labels = torch.arange(num_images) % len(conditions)
     images, evaluations = [], 0.0
     starts = range(0, num_images, batch_size)
     for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
         chosen = labels[start : start + batch_size]
         generators = sample_generators("generate", seed, places=range(start, start + len(chosen)))
-        output = pipeline(class_labels=chosen, generator=generators, output_type="pt", **settings)
+        condition = conditions.condition(chosen, pipeline.device)
+        output = pipeline(condition=condition, generator=generators, output_type="pt", **settings)
         images.append(output.images.cpu())
         evaluations += output.nfe * len(chosen)
     return torch.cat(images), labels, evaluations / num_images
@@ -61,7 +70,8 @@ class Reference:
         self.neighbours = self.real_features[:: -(-len(images) // MAX_NEIGHBOURS)]
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Fréchet and kernel distance, precision, recall, density, coverage, class consistency where it is known."""
+        """Fréchet and kernel distance, precision, recall, density, coverage, and how true the images are to their
+        conditions: class consistency, or CLIP score and retrieval accuracy."""
         generated = self.features(images)
         _, kernel_name = self.features.distance_names
         return {
@@ -75,16 +85,13 @@ class Reference:
         return frechet_distance(self.gaussian, Gaussian.fit(self.features(images)))
 
     def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """The Fréchet distance and class consistency alone."""
+        """The Fréchet distance, and how true the images are to their conditions, alone."""
         return self._quick(self.features(images), labels)
 
     def _quick(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         frechet_name, _ = self.features.distance_names
-        measures = {frechet_name: frechet_distance(self.gaussian, Gaussian.fit(generated))}
-        predicted = self.features.predict(generated)
-        if predicted is not None:
-            measures["class_consistency"] = (predicted == labels).double().mean().item()
-        return measures
+        distance = frechet_distance(self.gaussian, Gaussian.fit(generated))
+        return {frechet_name: distance, **self.features.judge(generated, labels)}
 
     def split_half_distance(self, seed: int = 0) -> float:
         """Fréchet distance between two random halves of the real images: what so few samples show of no difference."""

@@ -13,6 +13,7 @@ from eval.evaluate import Reference
 from eval.speed import measure_speed, sampler_overhead
 from eval.tuning import Grid, tune_and_measure
 from students.pipeline import OneStepPipeline
+from teachers.condition import Conditions
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.progress import progress_bar
 from teachers.samplers import (
@@ -82,12 +83,14 @@ def measure_frontier(
     cache: Path,
     identity: dict[str, Any],
     speed_batch_size: int = 128,
+    conditions: Conditions | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each sampler, setting and guidance scale, and for the student: what it costs and how good it is.
 
     The teacher's temperature is tuned for each on one draw of images, the row is of another; the student has the
     temperature it was exported with. `grid.num_steps` is not used. Rows are kept in `cache` (a line each) under their
-    settings and the `identity` of what is measured, and not measured twice.
+    settings and the `identity` of what is measured, and not measured twice. `conditions` are what to generate from, by
+    default all classes.
     """
     points: list[tuple[str, str, float, dict[str, Any]]] = [(STUDENT, "", 1.0, {})]
     pipelines: list[MaskedDiffusionPipeline | OneStepPipeline] = [student]
@@ -109,7 +112,8 @@ def measure_frontier(
                 candidates = [{"temperature": student.config.temperature}]
             else:
                 candidates = [{"guidance_scale": guidance_scale, **tried} for tried in grid.student_settings()]
-            kept[key] = tune_and_measure(pipeline, candidates, reference, grid, f"{family} {setting}".strip())
+            name = f"{family} {setting}".strip()
+            kept[key] = tune_and_measure(pipeline, candidates, reference, grid, name, conditions=conditions)
             with cache.open("a") as file:
                 file.write("\n" + json.dumps({"key": key, "row": kept[key]}))  # below a line that was torn
         measured = {name: value for name, value in kept[key].items() if name not in ("settings", "tuning")}
@@ -122,12 +126,13 @@ def measure_frontier(
         candidates,
         batch_sizes=[speed_batch_size],
         num_repeats=SPEED_ROUNDS,
+        conditions=conditions,
         progress=partial(print, "timing:", flush=True),
     )
     timed = progress_bar(zip(rows, speeds, calls, strict=True), total=len(rows), desc="overhead", unit="setting")
     for row, speed, call in timed:
         row["images_per_second"] = speed["images_per_second"]
-        row["sampler_overhead"] = sampler_overhead(*call, speed_batch_size)
+        row["sampler_overhead"] = sampler_overhead(*call, speed_batch_size, conditions)
     distance = reference.features.distance_names[0]
     mark_frontier(rows, distance)
     return rows

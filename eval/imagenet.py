@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
+from eval.chunks import read_chunks
 from eval.distances import Gaussian, frechet_distance, inception_score, precision_recall
-from eval.inception import InceptionFeatures
-from teachers.pipeline import TokenPipeline
-from teachers.progress import progress_bar
-from teachers.randomness import sample_generators
-
-CHUNK_SIZE = 500
 
 
 def read_statistics(path: Path) -> Gaussian:
@@ -49,45 +43,6 @@ def _open_npz(path: Path) -> Any:
         raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 
-@torch.no_grad()
-def write_features(
-    pipeline: TokenPipeline,
-    features: InceptionFeatures,
-    folder: Path,
-    num_images: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 50,
-    process: int = 0,
-    num_processes: int = 1,
-    **settings,
-) -> None:
-    """Generate this process's share of the images and keep their features, chunk by chunk; what is there stays.
-
-    Labels go round the classes, and each image has a generator of its own: any number of processes, and any
-    interruption, give the same images.
-    """
-    chunks = range(-(-num_images // CHUNK_SIZE))[process::num_processes]
-    for chunk in progress_bar(chunks, desc="images", unit="chunk", disable=process > 0):
-        path = folder / f"chunk-{chunk:05d}.safetensors"
-        if path.is_file():
-            continue
-        places = torch.arange(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, num_images))
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for part in places.split(batch_size):
-            generator = sample_generators("generate", seed, places=part.tolist())
-            labels = part % pipeline.num_classes
-            images = pipeline(class_labels=labels, generator=generator, output_type="pt", **settings).images
-            found.append((features(images), features.probabilities(images)))
-        staging = path.with_suffix(".staging")
-        names = ("features", "probabilities")
-        save_file(
-            {name: torch.cat(parts).float() for name, parts in zip(names, zip(*found, strict=True), strict=True)},
-            staging,
-        )
-        staging.rename(path)
-
-
 def measure(
     folder: Path, num_images: int, statistics: Gaussian, real_features: torch.Tensor | None = None
 ) -> dict[str, float]:
@@ -95,14 +50,12 @@ def measure(
 
     Raises ValueError where the folder's chunks are not all of the `num_images`.
     """
-    chunks = [load_file(path) for path in sorted(folder.glob("chunk-*.safetensors"))]
-    features, probabilities = (torch.cat([chunk[key] for chunk in chunks]) for key in ("features", "probabilities"))
-    if len(features) != num_images:
-        raise ValueError(f"{folder} holds the features of {len(features)} images, not of {num_images}")
+    found = read_chunks(folder, num_images)
+    features = found["features"]
     if features.shape[1] != len(statistics.mean):
         raise ValueError(f"features of {features.shape[1]} numbers, but statistics of {len(statistics.mean)}")
     measures = {"fid": frechet_distance(statistics, Gaussian.fit(features))}
-    measures["inception_score"] = inception_score(probabilities)
+    measures["inception_score"] = inception_score(found["probabilities"])
     if real_features is not None:
         measures |= precision_recall(real_features, features)
     return measures

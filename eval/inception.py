@@ -68,8 +68,8 @@ class InceptionFeatures:
         parts = [self._network.base(self._prepare(part), no_output_bias=True) for part in images.split(64)]
         return torch.cat(parts).cpu()
 
-    def predict(self, features: torch.Tensor) -> None:
-        return None
+    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
+        return {}
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         pixels = (images.expand(-1, 3, -1, -1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

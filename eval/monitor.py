@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import CLIPModel, CLIPProcessor
 
 from eval.classifier import ClassifierFeatures
+from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
 from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
+from teachers.condition import Conditions
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import TokenPipeline
+from teachers.prompt_cache import PromptCache
 from teachers.vq import VQTokenizer
 from teachers.vq_objective import codebook_use
 
@@ -20,25 +24,54 @@ NUM_IMAGES = 1000
 
 
 class SampleMonitor:
-    """Called with (pipeline, step): writes `samples/step-000100.png`, returns FD and class consistency.
+    """Called with (pipeline, conditions, step): writes `samples/step-000100.png`, returns FD and class consistency, or
+    CLIP score.
 
-    Without data (`data.name` empty) it only writes the samples.
+    Without data (`data.name` empty), and for prompts without a CLIP that scores, it only writes the samples.
     """
 
-    def __init__(self, output: Path, data: DataConfig):
+    def __init__(self, output: Path, data: DataConfig, scoring_clip: str = ""):
         self.folder = output / "samples"
-        self.data = data
+        self.data, self.scoring_clip = data, scoring_clip
         self._reference: Reference | None = None
 
-    def __call__(self, pipeline: TokenPipeline, step: int) -> dict[str, float]:
+    def __call__(self, pipeline: TokenPipeline, conditions: Conditions, step: int) -> dict[str, float]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        sample_grid(pipeline).save(self.folder / f"step-{step:06d}.png")
+        columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
+        sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
+        if not self.data.name or (pipeline.takes_prompts and not self.scoring_clip):
+            return {}
+        images, places, _ = generate(pipeline, NUM_IMAGES, conditions=conditions)
+        if self._reference is None:
+            self._reference = self._make_reference(conditions)
+        return self._reference.quick(images, places)
+
+    def _make_reference(self, conditions: Conditions) -> Reference:
+        if isinstance(conditions, PromptCache):
+            return Reference(ClipFeatures.load(self.scoring_clip, conditions.prompts), real_images(self.data))
+        return reference_for(self.data, self.folder.parent.parent / "classifier")
+
+
+class RetrievalMonitor:
+    """Called with (clip, processor, step): how often it picks the right caption of other images, and its CLIP score.
+
+    Without data (`data.name` empty) it does nothing.
+    """
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+        self._pairs: tuple[torch.Tensor, list[str]] | None = None
+
+    def __call__(self, clip: CLIPModel, processor: CLIPProcessor, step: int) -> dict[str, float]:
         if not self.data.name:
             return {}
-        images, labels, _ = generate(pipeline, NUM_IMAGES)
-        if self._reference is None:
-            self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
-        return self._reference.quick(images, labels)
+        if self._pairs is None:
+            data = load_data(self.data)
+            assert data.texts is not None
+            self._pairs = data.images(), data.texts
+        images, captions = self._pairs
+        features = ClipFeatures(clip, processor, "in training", captions)
+        return features.judge(features(images), torch.arange(len(images)))
 
 
 class ReconstructionMonitor:

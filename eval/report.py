@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
 MARKERS = "os^vDPXph<>d8H"
+FAITHFULNESS = ("class_consistency", "clip_score", "retrieval_accuracy")
 
 
 def write_report(
@@ -33,6 +34,7 @@ def write_report(
     """
     environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("report.html.jinja").render(
+        faithfulness=[name for name in FAITHFULNESS if name in summary["student"]],
         summary=summary,
         speed=speed,
         samples={title: _data_uri(image) for title, image in samples.items()},

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from teachers.pipeline import TokenPipeline
+from teachers.condition import Conditions
+from teachers.pipeline import TokenPipeline, all_classes
 
 
 def measure_speed(
@@ -19,6 +20,7 @@ def measure_speed(
     batch_sizes: list[int],
     num_repeats: int = 10,
     decode: bool = True,
+    conditions: Conditions | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Time pipelines against each other, a round of all of them at a time so that a slow spell hits all alike.
@@ -26,6 +28,7 @@ def measure_speed(
     Args:
         candidates: name -> (pipeline, settings of its call).
         decode: whether tokens are decoded to images; without it the generator alone is timed.
+        conditions: what to generate from, by default all classes; prompts are encoded beforehand.
 
     Returns a row per candidate and batch size: NFE, median and 95th percentile of seconds per batch, images per second
     at the median, and the peak memory in MiB (of the GPU, or of the process on CPU).
@@ -33,7 +36,8 @@ def measure_speed(
     rows = []
     for batch_size in batch_sizes:
         calls = {
-            name: _call(pipeline, batch_size, settings, decode) for name, (pipeline, settings) in candidates.items()
+            name: _call(pipeline, batch_size, settings, decode, conditions)
+            for name, (pipeline, settings) in candidates.items()
         }
         evaluations = {name: call() for name, call in calls.items()}  # the warm-up
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -64,7 +68,9 @@ def measure_speed(
     return rows
 
 
-def sampler_overhead(pipeline: TokenPipeline, settings: dict[str, Any], batch_size: int) -> float:
+def sampler_overhead(
+    pipeline: TokenPipeline, settings: dict[str, Any], batch_size: int, conditions: Conditions | None = None
+) -> float:
     """The share of the time to make tokens that is not spent in the denoiser."""
     seconds, started = 0.0, 0.0
 
@@ -81,7 +87,7 @@ def sampler_overhead(pipeline: TokenPipeline, settings: dict[str, Any], batch_si
         nonlocal seconds
         seconds += now() - started
 
-    call = _call(pipeline, batch_size, settings, decode=False)
+    call = _call(pipeline, batch_size, settings, decode=False, conditions=conditions)
     hooks = [pipeline.denoiser.register_forward_pre_hook(start), pipeline.denoiser.register_forward_hook(stop)]
     begin = now()
     call()
@@ -103,13 +109,16 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _call(pipeline: TokenPipeline, batch_size: int, settings: dict[str, Any], decode: bool) -> Callable[[], float]:
-    labels = torch.arange(batch_size) % pipeline.num_classes
+def _call(
+    pipeline: TokenPipeline, batch_size: int, settings: dict[str, Any], decode: bool, conditions: Conditions | None
+) -> Callable[[], float]:
+    conditions = all_classes(pipeline) if conditions is None else conditions
+    condition = conditions.condition(torch.arange(batch_size) % len(conditions), pipeline.device)
     generator = torch.Generator(pipeline.device).manual_seed(0)
     output_type = "pt" if decode else "tokens"
 
     def call() -> float:
-        output = pipeline(class_labels=labels, generator=generator, output_type=output_type, **settings)
+        output = pipeline(condition=condition, generator=generator, output_type=output_type, **settings)
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize(pipeline.device)
         return output.nfe

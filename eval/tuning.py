@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from eval.evaluate import Reference, generate
+from teachers.condition import Conditions
 from teachers.pipeline import TokenPipeline
 
 TUNING_SEED, REPORT_SEED = 0, 1
@@ -41,11 +42,13 @@ def tune_and_measure(
     reference: Reference,
     grid: Grid,
     name: str,
-    least_class_consistency: float = 0.0,
+    at_least: dict[str, float] | None = None,
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """The candidate with the lowest Fréchet distance on the tuning draw, measured in full on the report draw.
 
-    Only candidates that reach the class consistency on the tuning draw are considered, unless none does.
+    Only candidates with measures (by name) of `at_least` that much on the tuning draw are considered, unless there are
+    none. `conditions` are what to generate from, by default all classes.
 
     Returns {"settings", "nfe", measures ..., "tuning": [{settings ..., measures ...} for each candidate]}.
     """
@@ -54,16 +57,26 @@ def tune_and_measure(
     for number, settings in enumerate(candidates):
         description = f"{name}: tuning {number + 1}/{len(candidates)}"
         images, labels, _ = generate(
-            pipeline, grid.num_tuning_images, seed=TUNING_SEED, description=description, **settings
+            pipeline,
+            grid.num_tuning_images,
+            conditions=conditions,
+            seed=TUNING_SEED,
+            description=description,
+            **settings,
         )
         tuning.append(settings | reference.quick(images, labels))
     allowed = [
         number
         for number, measures in enumerate(tuning)
-        if measures.get("class_consistency", 1.0) >= least_class_consistency
+        if all(measures[measure] >= least for measure, least in (at_least or {}).items())
     ]
     best = min(allowed or range(len(candidates)), key=lambda number: tuning[number][distance])
     images, labels, nfe = generate(
-        pipeline, grid.num_report_images, seed=REPORT_SEED, description=f"{name}: measuring", **candidates[best]
+        pipeline,
+        grid.num_report_images,
+        conditions=conditions,
+        seed=REPORT_SEED,
+        description=f"{name}: measuring",
+        **candidates[best],
     )
     return {"settings": candidates[best], "nfe": nfe, **reference.measure(images, labels), "tuning": tuning}

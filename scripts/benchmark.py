@@ -20,6 +20,8 @@ import torch
 
 from distill.command import run
 from distill.config import load_config
+from eval.clip_score import ClipFeatures
+from eval.evaluate import Reference
 from eval.frontier import (
     SPEED_ROUNDS,
     STUDENT,
@@ -27,13 +29,15 @@ from eval.frontier import (
     samplers_to_try,
     write_csv,
 )
-from eval.monitor import reference_for
+from eval.monitor import real_images, reference_for
 from eval.report import frontier_plot, write_frontier_page
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid
 from students.loading import load_pipeline
 from teachers import samplers
 from teachers.data import DataConfig
+from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.prompts import PromptConfig, Prompts, load_prompts
 
 STEPS = [1, 2, 4, 8, 16, 32]
 
@@ -49,6 +53,7 @@ def main() -> None:
         options.set_defaults(function=function)
         options.add_argument("--teacher", type=Path, required=True, help="folder of a MaskedDiffusionPipeline")
         options.add_argument("--student", type=Path, required=True, help="folder of a OneStepPipeline")
+        options.add_argument("--prompts", nargs="+", metavar="key=value", help="for text: name=, split=, column=")
         options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_sample_options(kinds.choices["sample"])
     add_frontier_options(kinds.choices["frontier"])
@@ -67,6 +72,7 @@ def add_frontier_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--output", type=Path, required=True, help="folder; run again, it goes on where it stopped")
     options.add_argument("--data", nargs="+", default=[], metavar="key=value", help="the real images, e.g. name=folder")
     options.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
+    options.add_argument("--clip", help="for models of text: the CLIP (folder or hub id) of FD and CLIP score")
     options.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
     options.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
     options.add_argument("--samplers", nargs="+", metavar="NAME", help="some of them; default: all")
@@ -88,10 +94,22 @@ def sample(arguments: argparse.Namespace) -> None:
     rows = []
     for decode in (False, True):
         rows += measure_speed(
-            candidates, batch_sizes=arguments.batch_sizes, num_repeats=arguments.num_repeats, decode=decode
+            candidates,
+            batch_sizes=arguments.batch_sizes,
+            num_repeats=arguments.num_repeats,
+            decode=decode,
+            conditions=prompts_of(teacher, arguments),
         )
     print(speed_table(rows))
     print(json.dumps({"rows": rows, "protocol": machine(arguments.device) | {"num_repeats": arguments.num_repeats}}))
+
+
+def prompts_of(teacher: MaskedDiffusionPipeline, arguments: argparse.Namespace) -> Prompts | None:
+    if not teacher.takes_prompts:
+        return None
+    if not arguments.prompts:
+        raise ValueError("these models are conditioned on text: name prompts with --prompts")
+    return Prompts(teacher, load_prompts(load_config(PromptConfig, overrides=arguments.prompts)))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -115,16 +133,25 @@ def frontier(arguments: argparse.Namespace) -> None:
         arguments.num_tuning_images,
         arguments.num_report_images,
     )
-    reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
+    prompts = prompts_of(teacher, arguments)
+    if prompts is None:
+        reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
+    elif arguments.clip is None:
+        raise ValueError("these models are conditioned on text: name a CLIP to measure with (--clip)")
+    else:
+        features = ClipFeatures.load(arguments.clip, prompts.prompts, arguments.device)
+        reference = Reference(features, real_images(data))
     arguments.output.mkdir(parents=True, exist_ok=True)
     identity = {
         "teacher": digest(arguments.teacher),
         "student": digest(arguments.student),
         "data": data.name,
         "features": reference.features.name,
-    }
+    } | ({} if prompts is None else {"prompts": arguments.prompts})
     cache = arguments.output / "points.jsonl"
-    rows = measure_frontier(teacher, student, chosen, reference, grid, cache, identity, arguments.speed_batch_size)
+    rows = measure_frontier(
+        teacher, student, chosen, reference, grid, cache, identity, arguments.speed_batch_size, prompts
+    )
 
     distance = reference.features.distance_names[0]
     best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])

@@ -127,6 +127,8 @@ def convert_and_save(arguments: argparse.Namespace) -> None:
 
 def describe(pipeline: DiffusionPipeline, sources: dict[str, str]) -> None:
     for name, component in pipeline.components.items():
+        if not hasattr(component, "config"):  # a text tokenizer, or none
+            continue
         settings = {key: value for key, value in component.config.items() if not key.startswith("_")}
         print(f"{name}: {type(component).__name__} {json.dumps(settings, default=str)}")
         if name in sources:

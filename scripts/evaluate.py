@@ -38,6 +38,8 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     data = load_config(DataConfig, overrides=arguments.data)
     pipeline = load_pipeline(arguments.pipeline)
+    if pipeline.takes_prompts:
+        raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
     settings = {"temperature": arguments.temperature}
     if isinstance(pipeline, MaskedDiffusionPipeline):
         settings["num_inference_steps"] = arguments.num_inference_steps

@@ -17,10 +17,11 @@ from accelerate import PartialState
 
 from distill.command import run
 from distill.launch import run_processes
-from eval.imagenet import measure, read_images, read_statistics, write_features
+from eval.chunks import claim, write_chunks
+from eval.imagenet import measure, read_images, read_statistics
 from eval.inception import InceptionFeatures
 from students.loading import load_pipeline
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
 PUBLISHED_PROTOCOL = """
@@ -71,9 +72,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with state.main_process_first():
         claim(arguments.output, protocol)
 
-    write_features(
+    write_chunks(
         pipeline,
-        features,
+        all_classes(pipeline),
+        lambda images: {"features": features(images), "probabilities": features.probabilities(images)},
         arguments.output,
         arguments.num_images,
         seed=arguments.seed,
@@ -94,18 +96,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     protocol["statistics"] = f"{arguments.statistics.name}, sha256 {digest(arguments.statistics)}"
     protocol["versions"] = {name: version(name) for name in ("torch", "diffusers", "clean-fid")}
     print(json.dumps({**measures, "published": PUBLISHED, "protocol": protocol}))
-
-
-def claim(folder: Path, protocol: dict) -> None:
-    """Make the folder this evaluation's, or see that it is; features of other images are a ValueError."""
-    path = folder / "protocol.json"
-    if path.is_file():
-        if json.loads(path.read_text()) != protocol:
-            raise ValueError(f"{folder} holds an evaluation with other settings ({path}); name another folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"the output folder {folder} is not empty; name another one or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(protocol, indent=2))
 
 
 def digest(path: Path) -> str:

@@ -15,6 +15,7 @@ import torch
 from distill.command import run
 from distill.student_job import load_student
 from students.export import export_student
+from teachers.prompts import load_prompts
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
     parser.add_argument("--temperature", type=float, default=1.0, help="default temperature of the tokens")
     parser.add_argument("--measurements", type=Path, help="JSON list of rows for the model card's table")
+    parser.add_argument("--prompts", nargs="+", help="for the picture of a student of text; default: the first it saw")
     parser.add_argument("--protocol", default="", help="a sentence on how they were measured, for the model card")
     run(lambda: export(parser.parse_args()))
 
@@ -40,8 +42,14 @@ def export(arguments: argparse.Namespace) -> None:
         "settings": json.dumps(asdict(job.method) | asdict(job.initial)),
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}",
     }
+    prompts = load_prompts(job.prompts)[:10] if pipeline.takes_prompts else None
     export_student(
-        pipeline, arguments.output, metadata=metadata, measurements=measurements, protocol=arguments.protocol
+        pipeline,
+        arguments.output,
+        metadata=metadata,
+        measurements=measurements,
+        protocol=arguments.protocol,
+        prompts=arguments.prompts or prompts,
     )
     print(f"wrote {arguments.output}: read back, with the same logits")
 

@@ -2,18 +2,18 @@
 
     python scripts/quickstart.py [--seed 0] [--thorough]                        # on the embedded digits, in minutes
     python scripts/quickstart.py --recipe mnist [--data FOLDER_OR_HUB_ID]       # through a VQ tokenizer, in an hour
+    python scripts/quickstart.py --recipe emoji --data FOLDER_OR_HUB_ID         # from captions
 
 Finished stages are kept: run it again to go on after an interruption. The last line of stdout is the summary.
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,21 @@ import torch
 
 from distill.command import run
 from distill.config import load_config, to_yaml
+from distill.stages import Stages, launch
 from distill.student_job import load_job, load_student
 from distill.teacher_job import TeacherJob
+from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
-from eval.monitor import reference_for
+from eval.monitor import real_images, reference_for
 from eval.report import quality_plot, side_by_side, write_report
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid, tune_and_measure
 from students.export import image_grid
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.condition import Conditions
+from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
+from teachers.prompts import PromptConfig, Prompts, load_prompts
 
 QUICK = Grid(
     temperatures=(1.0, 0.8, 0.6, 0.4),
@@ -49,7 +53,15 @@ THOROUGH = Grid(
 )
 OWN_DATA = replace(QUICK, guidance_scales=(1.0, 1.25, 1.5), num_tuning_images=2000, num_report_images=5000)
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = ("digits", "mnist", "cifar10")
+CAPTIONS = Grid(
+    temperatures=(1.0, 0.8, 0.6),
+    guidance_scales=(1.0, 2.0, 3.0),
+    num_steps=(4, 8, 16),
+    num_tuning_images=354,
+    num_report_images=1770,
+)
+SCRIPTS = Path(__file__).parent
+RECIPES = ("digits", "mnist", "cifar10", "emoji")
 
 
 def main() -> None:
@@ -62,11 +74,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of teacher and student training")
     parser.add_argument("--thorough", action="store_true", help="5,000 images and a finer grid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the student's job")
-    run(lambda: Quickstart(parser.parse_intermixed_args()).run())
+    run(lambda: start(parser.parse_intermixed_args()))
+
+
+def start(arguments: argparse.Namespace) -> None:
+    captioned = (CONFIGS / arguments.recipe / "clip.yaml").exists()
+    (CaptionQuickstart if captioned else Quickstart)(arguments).run()
 
 
 class Quickstart:
-    """The stages, each of which is skipped where its result is there."""
+    """The stages, for a teacher conditioned on classes."""
+
+    faithfulness, allowance = "class_consistency", 0.0  # the student's may be so much below the teacher's best
 
     def __init__(self, arguments: argparse.Namespace):
         self.seed, self.overrides = arguments.seed, arguments.overrides
@@ -84,23 +103,24 @@ class Quickstart:
         self.grid = THOROUGH if arguments.thorough else OWN_DATA if self.tokens else QUICK
         self.student_run = self.output / "student"
         self.student_folder = self.output / "one-step"
-        self.seconds_file = self.output / "seconds.json"
+        self.stages = Stages(self.output)
 
     def run(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
+        stage = self.stages.run
         self.take_over(self.teacher_folder.parent.parent)
         if self.tokens and not self.teacher_folder.exists():
-            self.stage("tokenizer", self.output / "tokenizer" / "tokenizer", self.train_tokenizer)
-            self.stage("tokens", self.tokens / "index.json", self.cache_tokens)
-        self.stage("teacher", self.teacher_folder, self.train_teacher)
-        self.stage("distillation", self.student_run / "finished", self.train_student)
-        reference = reference_for(self.data, self.classifier)
-        self.stage("the teacher's measurement", self.teacher_rows, lambda: self.measure_teacher(reference))
+            stage("tokenizer", self.output / "tokenizer" / "tokenizer", self.train_tokenizer)
+            stage("tokens", self.tokens / "index.json", self.cache_tokens)
+        self.prepare()
+        stage("teacher", self.teacher_folder, self.train_teacher)
+        stage("distillation", self.student_run / "finished", self.train_student)
+        reference = self.reference()
+        stage("the teacher's measurement", self.teacher_rows, lambda: self.measure_teacher(reference))
         measurements = self.output / "measurements.json"
-        self.stage("measurement", measurements, lambda: self.measure(reference, measurements))
-        self.stage("export", self.student_folder, lambda: self.export(measurements))
+        stage("measurement", measurements, lambda: self.measure(reference, measurements))
+        stage("export", self.student_folder, lambda: self.export(measurements))
         speed = self.output / "speed.json"
-        self.stage("speed", speed, lambda: self.time(measurements, speed))
+        stage("speed", speed, lambda: self.time(measurements, speed))
         summary = self.summarise(reference, measurements, speed)
         print(f"\nreport: {self.output / 'report.html'}")
         print(json.dumps(summary))
@@ -119,39 +139,40 @@ class Quickstart:
     def grid_as_json(self) -> Any:
         return json.loads(json.dumps(asdict(self.grid)))
 
-    def stage(self, name: str, result: Path, work: Any) -> None:
-        seconds = json.loads(self.seconds_file.read_text()) if self.seconds_file.exists() else {}
-        if result.exists():
-            print(f"== {name}: {result} is there", flush=True)
-            return
-        print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        work()
-        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        self.seconds_file.write_text(json.dumps(seconds))
-        print(f"== {name}: {seconds[name]:.0f} s", flush=True)
+    def prepare(self) -> None:
+        """What the teacher needs besides tokens."""
+
+    def reference(self) -> Reference:
+        return reference_for(self.data, self.classifier)
+
+    def conditions(self, pipeline: TokenPipeline) -> Conditions:
+        """What images are made from, to be measured."""
+        return all_classes(pipeline)
+
+    def columns(self) -> list[str] | None:
+        """What the pictures of samples are made from: all classes."""
+        return None
 
     def train_tokenizer(self) -> None:
-        output = self.output / "tokenizer"
-        self.launch("train_tokenizer.py", "tokenizer.yaml", output, *self.data_overrides("data."))
-        if not (output / "tokenizer").exists():
+        self.launch("train_tokenizer.py", "tokenizer.yaml", self.output / "tokenizer", *self.data_overrides("data."))
+        if not (self.output / "tokenizer" / "tokenizer").exists():
             raise ValueError("the tokenizer's training was interrupted; run the same command again to go on")
 
     def cache_tokens(self) -> None:
-        script = [sys.executable, str(Path(__file__).parent / "cache_tokens.py")]
+        script = [sys.executable, str(SCRIPTS / "cache_tokens.py")]
         tokenizer = self.output / "tokenizer" / "tokenizer"
         subprocess.run(
             [*script, "--tokenizer", str(tokenizer), "--output", str(self.tokens), *self.data_overrides()], check=True
         )
 
-    def train_teacher(self) -> None:
+    def train_teacher(self, *more: str) -> None:
         overrides = self.data_overrides("data.") + ([f"tokens={self.tokens}"] if self.tokens else [])
-        self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher", *overrides)
+        self.launch("train_teacher.py", "teacher.yaml", self.output / "teacher", *overrides, *more)
         if not self.teacher_folder.exists():
             raise ValueError("the teacher's training was interrupted; run the same command again to go on")
 
-    def train_student(self) -> None:
-        overrides = [f"teacher={self.teacher_folder}", *self.data_overrides("monitor."), *self.overrides]
+    def train_student(self, *more: str) -> None:
+        overrides = [f"teacher={self.teacher_folder}", *self.data_overrides("monitor."), *more, *self.overrides]
         self.launch("train_student.py", "student.yaml", self.student_run, *overrides)
         _, job, step = load_student(self.student_run)
         if step < job.training.num_steps:
@@ -162,72 +183,67 @@ class Quickstart:
         return [f"{prefix}{key}={value}" for key, value in asdict(self.data).items()]
 
     def launch(self, script: str, config: str, output: Path, *overrides: str) -> None:
-        """`accelerate launch`: on the GPU if there is one, else on two CPU processes with a core each."""
-        resume = any((output / "checkpoints").glob("step-*"))
-        if not resume:
-            shutil.rmtree(output, ignore_errors=True)  # what ended before its first checkpoint starts anew
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        environment = dict(os.environ)
-        if torch.cuda.is_available():
-            command += ["--num_processes", "1"]
-        else:
-            command += ["--cpu", "--num_processes", str(min(2, os.cpu_count() or 1))]
-            command += ["--num_cpu_threads_per_process", "1"]
-            environment["OMP_NUM_THREADS"] = "1"
-        command += [str(Path(__file__).parent / script), "--config", str(self.configs / config), f"output={output}"]
-        command += [f"training.seed={self.seed}", f"training.resume={str(resume).lower()}", *overrides]
-        print("$ accelerate launch " + " ".join(command[3:]), flush=True)
-        subprocess.run(command, env=environment, check=True)
+        launch(SCRIPTS / script, self.configs / config, output, f"training.seed={self.seed}", *overrides)
 
     def measure_teacher(self, reference: Reference) -> None:
         teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
         rows = []
         for steps in self.grid.num_steps:
             settings = self.grid.teacher_settings(steps)
-            row = tune_and_measure(teacher, settings, reference, self.grid, f"teacher, {steps} steps")
+            name, conditions = f"teacher, {steps} steps", self.conditions(teacher)
+            row = tune_and_measure(teacher, settings, reference, self.grid, name, conditions=conditions)
             rows.append({"steps": steps, **row})
         self.teacher_rows.write_text(json.dumps({"grid": self.grid_as_json(), "rows": rows}, indent=2))
 
     def measure(self, reference: Reference, path: Path) -> None:
         teacher: MaskedDiffusionPipeline = load_pipeline(self.teacher_folder)
         student, _, _ = load_student(self.student_run)
-        untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
+        untrained = self.untrained(teacher, student)
         measured: dict[str, Any] = {"teacher": json.loads(self.teacher_rows.read_text())["rows"]}
-        # The student is compared with the teacher's best where it is as faithful to its class, if it can be.
+        # The student is compared with the teacher's best where it is as faithful to its conditions, if it can be.
         best = min(measured["teacher"], key=lambda row: row["fd"])
         grid = replace(self.grid, num_tuning_images=self.grid.num_report_images)  # at one evaluation each, many
-        for name, pipeline, least in [
-            ("student", student, best["class_consistency"]),
-            ("untrained_student", untrained, 0.0),
+        for name, pipeline, at_least in [
+            ("student", student, {self.faithfulness: best[self.faithfulness] - self.allowance}),
+            ("untrained_student", untrained, {}),
         ]:
-            row = tune_and_measure(pipeline, grid.student_settings(), reference, grid, name, least)
+            conditions = self.conditions(pipeline)
+            row = tune_and_measure(pipeline, grid.student_settings(), reference, grid, name, at_least, conditions)
             measured[name] = {"steps": 1, **row}
         measured["real_vs_real_fd"] = reference.split_half_distance()
         path.write_text(json.dumps(measured, indent=2))
 
+    def untrained(self, teacher: MaskedDiffusionPipeline, student: OneStepPipeline) -> OneStepPipeline:
+        return OneStepPipeline(
+            teacher.denoiser, teacher.tokenizer, student.initialiser, teacher.text_encoder, teacher.text_tokenizer
+        )
+
     def export(self, measurements: Path) -> None:
         measured = json.loads(measurements.read_text())
-        keys = ("steps", "nfe", "fd", "class_consistency", "precision", "recall")
+        keys = ("steps", "nfe", "fd", self.faithfulness, "precision", "recall")
         rows = [("student", measured["student"])] + [("teacher", row) for row in measured["teacher"]]
         table = self.output / "card.json"
         table.write_text(json.dumps([{"": name, **{key: row[key] for key in keys}} for name, row in rows]))
-        command = [sys.executable, str(Path(__file__).parent / "export.py"), str(self.student_run)]
+        command = [sys.executable, str(SCRIPTS / "export.py"), str(self.student_run)]
         command += ["--output", str(self.student_folder), "--measurements", str(table)]
         command += ["--temperature", str(measured["student"]["settings"]["temperature"])]
         command += ["--protocol", self.protocol()["Quality"]]
+        command += ["--prompts", *columns] if (columns := self.columns()) else []
         subprocess.run(command, check=True)
 
     def time(self, measurements: Path, path: Path) -> None:
         measured = json.loads(measurements.read_text())
         teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
-        untrained = OneStepPipeline(teacher.denoiser, teacher.tokenizer, student.initialiser)
+        untrained = self.untrained(teacher, student)
         candidates = {"student": (student, {}), "untrained student": (untrained, {})}
         for row in measured["teacher"]:
             candidates[f"teacher, {row['steps']} steps"] = (teacher, row["settings"])
         rows = []
         for decode, batch_sizes in [(False, [1, 256]), (True, [1, 256])]:
-            rows += measure_speed(candidates, batch_sizes=batch_sizes, num_repeats=7, decode=decode)
+            conditions = self.conditions(teacher)
+            rows += measure_speed(
+                candidates, batch_sizes=batch_sizes, num_repeats=7, decode=decode, conditions=conditions
+            )
         print(speed_table(rows))
         path.write_text(json.dumps(rows, indent=2))
 
@@ -244,7 +260,7 @@ class Quickstart:
         best = min(summary["teacher"], key=lambda row: row["fd"])
         summary["best_teacher"] = best
         summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
-        seconds = json.loads(self.seconds_file.read_text())
+        seconds = self.stages.seconds
         summary["wall_seconds"] = seconds | {"total": sum(seconds.values())}
         summary["protocol"] = self.protocol() | {
             "Features": reference.features.name,
@@ -269,12 +285,17 @@ class Quickstart:
         return summary
 
     def samples(self, best: dict[str, Any]) -> dict[str, Any]:
-        teacher, student = load_pipeline(self.teacher_folder), load_pipeline(self.student_folder)
         title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
-        return {
-            title: image_grid(generate(teacher, 80, **best["settings"])[0], 10),
-            "Student, one evaluation": image_grid(generate(student, 80)[0], 10),
-        }
+        pictures = {}
+        for name, folder, settings in [
+            (title, self.teacher_folder, best["settings"]),
+            ("Student, one evaluation", self.student_folder, {}),
+        ]:
+            pipeline, columns = load_pipeline(folder), self.columns()
+            conditions = Prompts(pipeline, columns) if columns else all_classes(pipeline)
+            images, _, _ = generate(pipeline, 8 * len(conditions), conditions=conditions, **settings)
+            pictures[name] = image_grid(images, len(conditions))
+        return pictures
 
     def protocol(self) -> dict[str, str]:
         grid = self.grid
@@ -288,6 +309,55 @@ class Quickstart:
             f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch 256.",
             "Seed": str(self.seed),
         }
+
+
+class CaptionQuickstart(Quickstart):
+    """The stages for a teacher conditioned on captions: a CLIP for its prompts, and another one that scores."""
+
+    faithfulness, allowance = "clip_score", 0.02
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.grid = CAPTIONS
+        self.test_data = replace(self.data, split="test")
+        self.prompts = PromptConfig(self.data.name, "test", self.data.text_column)
+
+    def prepare(self) -> None:
+        for name, seed in [("clip", self.seed), ("scoring-clip", self.seed + 1000)]:
+            output = self.output / name
+            self.stages.run(name.replace("-", " "), output / "clip", partial(self.train_clip, output, seed))
+
+    def train_clip(self, output: Path, seed: int) -> None:
+        overrides = [*self.data_overrides("data."), f"monitor.name={self.data.name}", f"training.seed={seed}"]
+        launch(SCRIPTS / "train_clip.py", self.configs / "clip.yaml", output, *overrides)
+        if not (output / "clip").exists():
+            raise ValueError("the CLIP's training was interrupted; run the same command again to go on")
+
+    def train_teacher(self, *more: str) -> None:
+        scoring = f"scoring_clip={self.output / 'scoring-clip' / 'clip'}"
+        super().train_teacher(f"text_encoder={self.output / 'clip' / 'clip'}", scoring, *more)
+
+    def train_student(self, *more: str) -> None:
+        prompts = [f"prompts.name={self.data.name}", f"prompts.column={self.data.text_column}"]
+        super().train_student(*prompts, f"scoring_clip={self.output / 'scoring-clip' / 'clip'}", *more)
+
+    def reference(self) -> Reference:
+        scoring = ClipFeatures.load(self.output / "scoring-clip" / "clip", load_prompts(self.prompts))
+        return Reference(scoring, real_images(self.data))
+
+    def conditions(self, pipeline: TokenPipeline) -> Conditions:
+        return Prompts(pipeline, load_prompts(self.prompts))
+
+    def columns(self) -> list[str] | None:
+        return load_prompts(self.prompts)[:10]
+
+    def summarise(self, reference: Reference, measurements: Path, speed: Path) -> dict[str, Any]:
+        images = real_images(self.test_data)
+        real = reference.measure(images, torch.arange(len(images)))
+        print("real test images:", json.dumps(real))
+        measured = json.loads(measurements.read_text())
+        measurements.write_text(json.dumps(measured | {"real_test_images": real}, indent=2))
+        return super().summarise(reference, measurements, speed)
 
 
 if __name__ == "__main__":

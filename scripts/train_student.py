@@ -14,7 +14,9 @@ from eval.monitor import SampleMonitor
 
 def main() -> None:
     job = parse_arguments(StudentJob, "Distil a teacher into a one-step student with Di[M]O.")
-    run_processes(lambda: run(lambda: train_student(job, SampleMonitor(Path(job.output), job.monitor))))
+    run_processes(
+        lambda: run(lambda: train_student(job, SampleMonitor(Path(job.output), job.monitor, job.scoring_clip)))
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from eval.monitor import SampleMonitor
 
 def main() -> None:
     job = parse_arguments(TeacherJob, "Train a masked diffusion teacher.")
-    run_processes(lambda: run(lambda: train_teacher(job, SampleMonitor(Path(job.output), job.data))))
+    monitor = SampleMonitor(Path(job.output), job.data, job.scoring_clip)
+    run_processes(lambda: run(lambda: train_teacher(job, monitor)))
 
 
 if __name__ == "__main__":

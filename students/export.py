@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from students.pipeline import OneStepPipeline
+from teachers.condition import Condition
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators
@@ -23,6 +24,7 @@ def export_student(
     metadata: dict[str, str],
     measurements: list[dict[str, Any]],
     protocol: str,
+    prompts: list[str] | None = None,
 ) -> None:
     """Write a `OneStepPipeline` folder, read it back and compare before it gets its name.
 
@@ -30,30 +32,33 @@ def export_student(
         metadata: method, settings and source; goes into the safetensors files and the model card.
         measurements: rows of the model card's table; all with the same keys.
         protocol: what the measurements are.
+        prompts: for the samples of a student of text; at most ten.
 
     Raises ValueError if the output folder is not empty, RuntimeError if what was read back differs.
     """
     environment = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined)
     template = environment.get_template("model_card.md.jinja")
-    card = template.render(name=output.name, metadata=metadata, measurements=measurements, protocol=protocol)
+    card = template.render(
+        name=output.name, metadata=metadata, measurements=measurements, protocol=protocol, prompts=prompts
+    )
+    columns = list(range(min(pipeline.num_classes, 10))) if prompts is None else prompts
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
         for component in ("denoiser", "initialiser"):
             stamp(folder / component, metadata)
-        sample_grid(pipeline).save(folder / "samples.png")
+        sample_grid(pipeline, pipeline.encode_condition(columns)).save(folder / "samples.png")
         (folder / "README.md").write_text(card)
         (folder / "measurements.json").write_text(json.dumps(measurements, indent=2))
-        _compare(pipeline, OneStepPipeline.from_pretrained(folder))
+        _compare(pipeline, OneStepPipeline.from_pretrained(folder), columns)
 
 
 @torch.no_grad()
-def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline) -> None:
-    """Raise RuntimeError unless both give the same initial tokens and logits for every class."""
+def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline, conditions: list[int] | list[str]) -> None:
+    """Raise RuntimeError unless both give the same initial tokens and logits for these classes or prompts."""
     results = []
     for candidate in (pipeline, reloaded):
-        labels = list(range(candidate.num_classes))
-        condition = candidate.encode_condition(labels)
-        generator = sample_generators("compare", places=labels)
+        condition = candidate.encode_condition(conditions)
+        generator = sample_generators("compare", places=range(len(condition)))
         initial = candidate.initialiser(condition, generator)
         logits = candidate.denoiser(initial, condition, candidate.initialiser.perturbation(generator))
         results.append((initial.cpu(), logits.cpu()))
@@ -62,13 +67,12 @@ def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline) -> None:
         raise RuntimeError("the exported student, read back, does not give the same logits; nothing was exported")
 
 
-def sample_grid(pipeline: TokenPipeline, num_rows: int = 8, min_size: int = 32) -> Image.Image:
-    """Samples with a fixed seed: a column for each of the first ten classes."""
-    num_columns = min(pipeline.num_classes, 10)
-    labels = [column for _ in range(num_rows) for column in range(num_columns)]
-    generator = sample_generators("samples", places=range(len(labels)))
-    images = pipeline(class_labels=labels, generator=generator, output_type="pt").images
-    return image_grid(images, num_columns, min_size)
+def sample_grid(pipeline: TokenPipeline, columns: Condition, num_rows: int = 8, min_size: int = 32) -> Image.Image:
+    """Samples with a fixed seed: a column for each of the conditions."""
+    condition = columns.select(torch.arange(len(columns)).repeat(num_rows))
+    generator = sample_generators("samples", places=range(len(condition)))
+    images = pipeline(condition=condition, generator=generator, output_type="pt").images
+    return image_grid(images, len(columns), min_size)
 
 
 def image_grid(images: torch.Tensor, num_columns: int, min_size: int = 32) -> Image.Image:

@@ -12,13 +12,14 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from teachers.condition import Condition
+from teachers.condition import ClassCondition, Condition, Conditions
 from teachers.corruption import corrupt
-from teachers.pipeline import TokenPipeline
-from teachers.randomness import Generators, rand, randn, sample_cumulative
+from teachers.pipeline import TokenPipeline, all_classes
+from teachers.randomness import Generators, invert_cumulative, rand, randn
 
 RANDOM_TOKENS = ("uniform", "marginal")
 NOISE_SCALES = ("embedding", "unit")
+MARGINAL_PROMPTS = 512
 
 
 def perturb_embeddings(
@@ -35,12 +36,19 @@ def perturb_embeddings(
 
 
 @torch.no_grad()
-def teacher_marginals(teacher: TokenPipeline) -> torch.Tensor:
-    """The teacher's token probabilities (num_classes, L, V) on a fully masked input, for each class."""
+def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> torch.Tensor:
+    """The teacher's token probabilities on a fully masked input: (num_classes, L, V) for each class, or (1, L, V), the
+    mean over prompts: of these, as many as `MARGINAL_PROMPTS` that are spread over all."""
+    places = torch.arange(len(conditions))
+    if teacher.takes_prompts:
+        places = places[:: -(-len(places) // MARGINAL_PROMPTS)]
     marginals = []
-    for labels in torch.arange(teacher.num_classes).split(64):
-        masks = torch.full((len(labels), teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
-        marginals.append(teacher.denoiser(masks, teacher.encode_condition(labels)).float().softmax(-1))
+    for part in places.split(64):
+        condition = conditions.condition(part, teacher.device)
+        masks = torch.full((len(part), teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
+        marginals.append(teacher.denoiser(masks, condition).float().softmax(-1))
+    if teacher.takes_prompts:
+        return torch.stack([part.sum(0) for part in marginals]).sum(0, keepdim=True) / len(places)
     return torch.cat(marginals)
 
 
@@ -48,7 +56,8 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
     """Draws initial tokens: an exact share of them masked, the others random image tokens.
 
     The share is drawn uniformly from `mask_ratio` = (lowest, highest) for each sample. The random tokens are "uniform"
-    over the codebook (the paper) or drawn from the teacher's "marginal" for the class (see `teacher_marginals`).
+    over the codebook (the paper) or drawn from the teacher's "marginal": for the class, or, with `num_classes=0`, for
+    prompts on the average (see `teacher_marginals`).
     """
 
     @register_to_config
@@ -69,24 +78,32 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         if noise_scale not in NOISE_SCALES:
             raise ValueError(f"noise_scale={noise_scale!r} is not known; choose from {', '.join(NOISE_SCALES)}")
         length = token_grid[0] * token_grid[1]
-        # The sums along V, because that is what drawing needs; uniform tokens share one row.
-        rows = (num_classes, length) if random_tokens == "marginal" else (1, 1)
+        # The sums along V, because that is what drawing needs. Uniform tokens need none.
+        rows = (max(num_classes, 1), length) if random_tokens == "marginal" else (1, 1)
         uniform = torch.full((*rows, codebook_size), 1 / codebook_size)
         self.register_buffer("cumulative_probabilities", uniform.cumsum(-1))
 
     @classmethod
-    def for_teacher(cls, teacher: TokenPipeline, random_tokens: str = "uniform", **settings) -> TokenInitialiser:
-        """An initialiser with the teacher's tokens and, where they are asked for, its marginals."""
+    def for_teacher(
+        cls,
+        teacher: TokenPipeline,
+        random_tokens: str = "uniform",
+        *,
+        prompts: Conditions | None = None,
+        **settings,
+    ) -> TokenInitialiser:
+        """With the teacher's tokens and, where asked for, its marginals: of each class, or over prompts."""
         initialiser = cls(
             teacher.token_grid,
             teacher.codebook_size,
-            teacher.num_classes,
+            0 if teacher.takes_prompts else teacher.num_classes,
             teacher.mask_token_id,
             random_tokens=random_tokens,
             **settings,
         )
         if random_tokens == "marginal":
-            initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher).cumsum(-1))
+            conditions = all_classes(teacher) if prompts is None else prompts
+            initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher, conditions).cumsum(-1))
         return initialiser.to(teacher.device)
 
     def forward(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
@@ -100,11 +117,14 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
     def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
         """Random image tokens (B, L)."""
         length = self.config.token_grid[0] * self.config.token_grid[1]
-        if self.config.random_tokens == "marginal":
-            cumulative = self.cumulative_probabilities[condition.class_labels]
-        else:
-            cumulative = self.cumulative_probabilities.expand(len(condition), length, -1).contiguous()
-        return sample_cumulative(cumulative, generator)
+        cumulative = self.cumulative_probabilities
+        uniform = rand(len(condition), length, generator=generator, device=cumulative.device)
+        if self.config.random_tokens == "uniform":
+            return (uniform * self.config.codebook_size).long()
+        if isinstance(condition, ClassCondition):
+            return invert_cumulative(cumulative[condition.class_labels], uniform)
+        by_position = uniform.T.contiguous() * cumulative[0, :, -1:]  # prompts share the probabilities of a position
+        return torch.searchsorted(cumulative[0], by_position, right=True).T
 
     def perturb(self, embeddings: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """The embeddings (B, L, D) of the initial tokens with fresh noise of size `embedding_noise`."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from students.initialisation import TokenInitialiser
+from teachers.condition import Condition
 from teachers.pipeline import Denoiser, ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
 from teachers.randomness import Generators, sample_tokens
 
 
 class OneStepPipeline(TokenPipeline):
-    """A generator that needs one network evaluation: `pipe(class_labels=[3, 7]).images`.
+    """A generator that needs one network evaluation: `pipe(class_labels=[3, 7]).images` or `pipe("a prompt").images`.
 
     `temperature`, `top_k` and `top_p` are the defaults for drawing tokens, saved with the pipeline.
     """
@@ -24,19 +26,29 @@ class OneStepPipeline(TokenPipeline):
         denoiser: Denoiser,
         tokenizer: ImageTokenizer,
         initialiser: TokenInitialiser,
+        text_encoder: CLIPTextModelWithProjection | None = None,
+        text_tokenizer: CLIPTokenizer | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
     ):
         super().__init__()
-        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, initialiser=initialiser)
+        self.register_modules(
+            denoiser=denoiser,
+            tokenizer=tokenizer,
+            initialiser=initialiser,
+            text_encoder=text_encoder,
+            text_tokenizer=text_tokenizer,
+        )
         self.register_to_config(temperature=temperature, top_k=top_k, top_p=top_p)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | torch.Tensor | int,
+        prompt: Sequence[str] | str | None = None,
+        class_labels: Sequence[int] | torch.Tensor | int | None = None,
         *,
+        condition: Condition | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -44,12 +56,12 @@ class OneStepPipeline(TokenPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> MaskedDiffusionOutput | tuple:
-        """Generate one image per class label with one evaluation of the denoiser.
+        """Generate one image per prompt or class label, or per row of an encoded `condition`, with one evaluation each.
 
         What is not given is the pipeline's default (`pipe.config`). A list of generators, one per image, makes each
         image independent of the batch that it is made in.
         """
-        condition = self.encode_condition(class_labels)
+        condition = self._condition(prompt, class_labels, condition, negative_prompt=None)
         initial = self.initialiser(condition, generator)
         logits = self.denoiser(initial, condition, self.initialiser.perturbation(generator))
         tokens = sample_tokens(

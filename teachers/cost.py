@@ -6,7 +6,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachers.condition import Condition
+from teachers.condition import ClassCondition, Condition, TextCondition
+
+NUM_TEXT_TOKENS = 77  # CLIP's
 
 
 def num_parameters(network: ModelMixin) -> int:
@@ -19,8 +21,16 @@ def forward_flops(denoiser: ModelMixin) -> int:
     skeleton = _without_weights(denoiser)
     tokens = torch.zeros(1, height * width, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
-        skeleton(tokens, Condition(torch.zeros(1, dtype=torch.long, device="meta")))
+        skeleton(tokens, _some_condition(denoiser))
     return counter.get_total_flops()
+
+
+def _some_condition(denoiser: ModelMixin) -> Condition:
+    if not hasattr(denoiser, "text_sizes"):
+        return ClassCondition(torch.zeros(1, dtype=torch.long, device="meta"))
+    width, pooled_width = denoiser.text_sizes
+    shapes = (1, NUM_TEXT_TOKENS, width), (1, pooled_width), (1, 5)
+    return TextCondition(*(torch.zeros(shape, device="meta") for shape in shapes))
 
 
 def decoder_flops(tokenizer: ModelMixin) -> int:

@@ -106,7 +106,7 @@ def load_data(config: DataConfig) -> ImageData:
     """Open the images that the configuration names; ValueError or FileNotFoundError if that fails."""
     if config.name == "digits":
         return _load_digits(config.split)
-    dataset = _open_dataset(config)
+    dataset = open_dataset(config.name, config.split)
     columns = [config.image_column, config.label_column, config.text_column]
     for column in filter(None, columns):
         if column not in dataset.column_names:
@@ -133,32 +133,31 @@ def _load_digits(split: str) -> ImageData:
     return ImageData(rows, torch.from_numpy(labels[chosen]), [str(digit) for digit in range(10)], None, lambda row: row)
 
 
-def _open_dataset(config: DataConfig) -> datasets.Dataset:
-    path = Path(config.name)
+def open_dataset(name: str, split: str) -> datasets.Dataset:
+    """A parquet file, a folder (saved dataset, parquet, images) or a hub dataset, by its id."""
+    path = Path(name)
     if path.suffix == ".parquet" and not path.is_file():
-        raise FileNotFoundError(f"there is no parquet file {config.name}")
+        raise FileNotFoundError(f"there is no parquet file {name}")
     if path.is_file():
-        return datasets.load_dataset("parquet", data_files={config.split: str(path)}, split=config.split)
+        return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
     if (path / "state.json").is_file():
         return datasets.load_from_disk(path)
     if (path / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
-        if config.split not in splits:
-            raise ValueError(f"{config.name} has no split {config.split!r}; it has {', '.join(splits)}")
-        return splits[config.split]
+        if split not in splits:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+        return splits[split]
     if path.is_dir():
-        files = sorted(map(str, path.glob(f"{config.split}*.parquet")))
+        files = sorted(map(str, path.glob(f"{split}*.parquet")))
         if files:
-            return datasets.load_dataset("parquet", data_files={config.split: files}, split=config.split)
+            return datasets.load_dataset("parquet", data_files={split: files}, split=split)
         if any(path.glob("*.parquet")):
-            raise ValueError(f"{config.name} has no parquet file for split {config.split!r} ({config.split}*.parquet)")
-        return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
+            raise ValueError(f"{name} has no parquet file for split {split!r} ({split}*.parquet)")
+        return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
     try:
-        return datasets.load_dataset(config.name, split=config.split)
+        return datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"data.name={config.name!r} is neither a local file or folder nor a hub dataset within reach"
-        ) from error
+        raise FileNotFoundError(f"{name!r} is neither a local file or folder nor a hub dataset within reach") from error
 
 
 def _class_labels(dataset: datasets.Dataset, column: str) -> tuple[torch.Tensor, list[str]]:

@@ -102,6 +102,10 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         codebook = self.token_embedding.weight[:-1]
         return hidden @ codebook.T + self.output_bias
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """What Di[M]O keeps fixed: the embeddings, and with them the tied output layer and its bias."""
         yield from self.token_embedding.parameters()

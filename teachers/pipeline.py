@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from teachers.condition import Condition
+from teachers.amused import AmusedDenoiser
+from teachers.condition import ClassCondition, ClassLabels, Condition, TextCondition
 from teachers.guidance import GuidedDenoiser, guide
 from teachers.halton_network import HaltonMaskGITTransformer
+from teachers.meissonic_network import MeissonicTransformer
 from teachers.network import MaskGITTransformer
+from teachers.prompts import encode_prompts, micro_conditions
+from teachers.published import is_published, published_components
 from teachers.randomness import Generators
 from teachers.samplers.sampler import Sampler
 from teachers.tokenizer import PatchTokenizer
 from teachers.vq import VQTokenizer
 
-Denoiser = MaskGITTransformer | HaltonMaskGITTransformer
+ClassDenoiser = MaskGITTransformer | HaltonMaskGITTransformer
+TextDenoiser = AmusedDenoiser | MeissonicTransformer
+Denoiser = ClassDenoiser | TextDenoiser
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
@@ -39,10 +48,18 @@ class MaskedDiffusionOutput(BaseOutput):
 
 
 class TokenPipeline(DiffusionPipeline):
-    """What teacher and student share: a denoiser over the tokens of an image tokenizer."""
+    """What teacher and student share: a denoiser over the tokens of an image tokenizer.
+
+    A denoiser conditioned on text has a text encoder and its tokenizer beside it; they may be left out (None) where all
+    conditions come encoded.
+    """
+
+    _optional_components: ClassVar = ["text_encoder", "text_tokenizer"]
 
     denoiser: Denoiser
     tokenizer: ImageTokenizer
+    text_encoder: CLIPTextModelWithProjection | None
+    text_tokenizer: CLIPTokenizer | None
 
     @property
     def mask_token_id(self) -> int:
@@ -50,7 +67,12 @@ class TokenPipeline(DiffusionPipeline):
 
     @property
     def codebook_size(self) -> int:
-        return self.denoiser.config.codebook_size
+        return self.tokenizer.codebook_size
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the condition is text; otherwise it is a class."""
+        return isinstance(self.denoiser, TextDenoiser)
 
     @property
     def num_classes(self) -> int:
@@ -64,21 +86,54 @@ class TokenPipeline(DiffusionPipeline):
     def sequence_length(self) -> int:
         return self.token_grid[0] * self.token_grid[1]
 
-    def encode_condition(self, class_labels: Sequence[int] | torch.Tensor | int) -> Condition:
-        """The condition of class labels, each in 0 .. num_classes - 1."""
-        if isinstance(class_labels, int):
-            class_labels = [class_labels]
-        if any(isinstance(label, str) for label in class_labels):
+    def encode_condition(
+        self, conditions: Sequence[int] | Sequence[str] | torch.Tensor | int | str, negative_prompt: str | None = None
+    ) -> Condition:
+        """The condition of prompts, or of class labels, each in 0 .. num_classes - 1.
+
+        The negative prompt (default: `pipe.config.negative_prompt`) is what guidance leads away from.
+        """
+        if isinstance(conditions, int | str):
+            conditions = [conditions]
+        if self.takes_prompts:
+            return self._encode_prompts(list(conditions), negative_prompt)
+        if negative_prompt is not None:
+            raise ValueError("got a negative prompt, but this model is conditioned on class labels")
+        if any(isinstance(label, str) for label in conditions):
             raise ValueError("got prompts, but this model is conditioned on class labels; pass integers")
-        labels = torch.as_tensor(class_labels)
+        labels = torch.as_tensor(conditions)
         if labels.numel() == 0 or labels.is_floating_point() or labels.dim() != 1:
-            raise ValueError(f"class labels must be a non-empty list of integers, got {class_labels!r}")
+            raise ValueError(f"class labels must be a non-empty list of integers, got {conditions!r}")
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(outside):
             raise ValueError(
                 f"class label {outside[0].item()} is out of range: this model knows 0 to {self.num_classes - 1}"
             )
-        return Condition(labels.long().to(self.device))
+        return ClassCondition(labels.long().to(self.device))
+
+    def _encode_prompts(self, prompts: list[str], negative_prompt: str | None) -> TextCondition:
+        if self.text_encoder is None or self.text_tokenizer is None:
+            raise ValueError("this pipeline was opened without its text encoder; pass an encoded `condition`")
+        if not prompts:
+            raise ValueError("got an empty list of prompts")
+        micro = micro_conditions(self.tokenizer.config.image_size, len(prompts), self.device)
+        negative_prompt = self.config.get("negative_prompt") if negative_prompt is None else negative_prompt
+        if negative_prompt is None:  # a one-step student knows none
+            return TextCondition(*encode_prompts(self.text_encoder, self.text_tokenizer, prompts), micro)
+        states, pooled = encode_prompts(self.text_encoder, self.text_tokenizer, [*prompts, negative_prompt])
+        null = states[-1:].expand(len(prompts), -1, -1), pooled[-1:].expand(len(prompts), -1)
+        return TextCondition(states[:-1], pooled[:-1], micro, *null)
+
+    def _condition(
+        self, prompt: Any, class_labels: Any, condition: Condition | None, negative_prompt: str | None
+    ) -> Condition:
+        """The one of the three that was given; the first may be class labels too."""
+        given = [kind for kind in (prompt, class_labels, condition) if kind is not None]
+        if len(given) != 1:
+            raise ValueError("pass one of prompt, class_labels and condition")
+        if isinstance(given[0], Condition):
+            return given[0].to(self.device)
+        return self.encode_condition(given[0], negative_prompt)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L)."""
@@ -86,6 +141,8 @@ class TokenPipeline(DiffusionPipeline):
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
+        if self.tokenizer.dtype == torch.float16:
+            self.tokenizer.float()  # a VQ decoder overflows in half precision
         return self.tokenizer.decode(tokens)
 
     def _output(self, tokens: torch.Tensor, nfe: float, output_type: str, return_dict: bool):
@@ -101,11 +158,20 @@ class TokenPipeline(DiffusionPipeline):
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
 
 
+def all_classes(pipeline: TokenPipeline) -> ClassLabels:
+    """The classes that the pipeline knows, in order."""
+    if pipeline.takes_prompts:
+        raise ValueError("this model is conditioned on text: it has no classes to go through; name prompts")
+    return ClassLabels(torch.arange(pipeline.num_classes))
+
+
 class MaskedDiffusionPipeline(TokenPipeline):
-    """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`.
+    """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`, or, where it is
+    conditioned on text, `pipe("a red apple").images`.
 
     The settings are the defaults for drawing tokens, saved with the pipeline: `guidance_scale` s in u + s (c - u),
-    `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`.
+    `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`, and
+    the `negative_prompt` that guidance leads away from.
     """
 
     sampler: Sampler
@@ -115,21 +181,41 @@ class MaskedDiffusionPipeline(TokenPipeline):
         denoiser: Denoiser,
         tokenizer: ImageTokenizer,
         sampler: Sampler,
+        text_encoder: CLIPTextModelWithProjection | None = None,
+        text_tokenizer: CLIPTokenizer | None = None,
         guidance_scale: float = 1.0,
         guidance_ramp: str = "constant",
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        negative_prompt: str = "",
     ):
         super().__init__()
-        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, sampler=sampler)
+        self.register_modules(
+            denoiser=denoiser,
+            tokenizer=tokenizer,
+            sampler=sampler,
+            text_encoder=text_encoder,
+            text_tokenizer=text_tokenizer,
+        )
         self.register_to_config(
             guidance_scale=guidance_scale,
             guidance_ramp=guidance_ramp,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            negative_prompt=negative_prompt,
         )
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **settings) -> MaskedDiffusionPipeline:
+        """The pipeline of a folder or hub id: our own, or one of aMUSEd, Meissonic or Monetico as it was published.
+
+        Settings are those of diffusers, and for published ones those of `published_components`.
+        """
+        if is_published(name):
+            return cls(**published_components(name, **settings))
+        return super().from_pretrained(name, **settings)
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
         """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
@@ -138,8 +224,11 @@ class MaskedDiffusionPipeline(TokenPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | torch.Tensor | int,
+        prompt: Sequence[str] | str | None = None,
+        class_labels: Sequence[int] | torch.Tensor | int | None = None,
         *,
+        condition: Condition | None = None,
+        negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -147,13 +236,13 @@ class MaskedDiffusionPipeline(TokenPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> MaskedDiffusionOutput | tuple:
-        """Generate one image per class label.
+        """Generate one image per prompt or class label, or per row of a `condition` that `encode_condition` gave.
 
         What is not given is the default of the sampler (`pipe.sampler.config`) or the pipeline (`pipe.config`). A list
         of generators, one per image, makes each image independent of the batch that it is made in.
         """
         config = self.config
-        condition = self.encode_condition(class_labels)
+        condition = self._condition(prompt, class_labels, condition, negative_prompt)
         denoise = GuidedDenoiser(
             self.denoiser,
             condition,

@@ -21,11 +21,12 @@ TOKENIZERS = {"PatchTokenizer": PatchTokenizer, "VQTokenizer": VQTokenizer}
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Tokens (N, L) int32 and class labels (N,) of a data set, its class names, and the tokenizer they are of."""
+    """Tokens (N, L) int32, class labels (N,) and captions of a data set, its class names, and the tokens' tokenizer."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
+    texts: list[str] | None
     tokenizer: PatchTokenizer | VQTokenizer
 
 
@@ -82,7 +83,8 @@ def write_token_cache(
             else:
                 progress.update(len(rows))
             shards.append(path.name)
-    (folder / INDEX).write_text(json.dumps({"shards": shards, "class_names": data.class_names}, ensure_ascii=False))
+    index = {"shards": shards, "class_names": data.class_names, "texts": data.texts}
+    (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
     tokens = torch.cat([load_file(folder / name)["tokens"] for name in shards])
     return codebook_use(tokens, tokenizer.codebook_size)
 
@@ -93,12 +95,13 @@ def load_token_cache(folder: Path) -> TokenCache:
         raise FileNotFoundError(
             f"there are no (complete) tokens in {folder}; write them with scripts/cache_tokens.py --output {folder}"
         )
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     shards = [load_file(folder / name) for name in index["shards"]]
     return TokenCache(
         tokens=torch.cat([shard["tokens"] for shard in shards]),
         labels=torch.cat([shard["labels"] for shard in shards]),
         class_names=index["class_names"],
+        texts=index.get("texts"),
         tokenizer=load_tokenizer(folder / "tokenizer"),
     )
 

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 
 class VQTokenizer(ModelMixin, ConfigMixin):
-    """Images in [0, 1] <-> tokens through a `VQModel` that sees images in [-1, 1].
+    """Images in [0, 1] <-> tokens through a `VQModel` that sees them in [-1, 1], or as they are if `unit_range`.
 
     `settings` are those of the `VQModel`. Each of its levels but the first halves the image, so that the grid is
     the image's size over 2^(levels - 1). Shapes: B batch, C channels, H x W image, h x w grid, L = h w tokens,
@@ -18,7 +18,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, image_size: tuple[int, int], settings: dict[str, Any]):
+    def __init__(self, image_size: tuple[int, int], settings: dict[str, Any], unit_range: bool = False):
         super().__init__()
         self.vq = VQModel(**settings)
         factor = 2 ** (len(self.vq.config.block_out_channels) - 1)
@@ -28,6 +28,16 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         self.token_grid = (height // factor, width // factor)
         self.codebook_size = self.vq.config.num_vq_embeddings
 
+    @classmethod
+    def wrap(cls, vq: VQModel, token_grid: tuple[int, int]) -> VQTokenizer:
+        """The tokenizer that the `VQModel` of aMUSEd, Meissonic or Monetico is."""
+        factor = 2 ** (len(vq.config.block_out_channels) - 1)
+        settings = {key: value for key, value in vq.config.items() if not key.startswith("_")}
+        settings["lookup_from_codebook"] = False  # entries are looked up here
+        tokenizer = cls((factor * token_grid[0], factor * token_grid[1]), settings, unit_range=True)
+        tokenizer.vq.load_state_dict(vq.state_dict())
+        return tokenizer
+
     @property
     def codebook(self) -> torch.nn.Parameter:
         """(V, E)."""
@@ -35,7 +45,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> latents (B, L, E)."""
-        return self.vq.encode(2 * images - 1).latents.flatten(2).transpose(1, 2)
+        images = images if self.config.unit_range else 2 * images - 1
+        return self.vq.encode(images).latents.flatten(2).transpose(1, 2)
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, L, E) -> the tokens (B, L) of the nearest codebook entries."""
@@ -46,7 +57,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def render(self, quantised: torch.Tensor) -> torch.Tensor:
         """Codebook entries (B, L, E) -> images (B, C, H, W), in [0, 1] but for over- and undershoot."""
         grid = quantised.transpose(1, 2).unflatten(2, self.token_grid)
-        return (self.vq.decode(grid, force_not_quantize=True).sample + 1) / 2
+        images = self.vq.decode(grid, force_not_quantize=True).sample
+        return images if self.config.unit_range else (images + 1) / 2
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
 from teachers.data import DataConfig, load_data
 
+pytest_plugins = ["captioned"]
+
 SHARED = Path(__file__).parents[2] / "shared"
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from teachers.condition import Condition
+from teachers.condition import ClassCondition, Condition
 from teachers.guidance import GuidedDenoiser
 
 
 def no_condition(num_samples: int) -> Condition:
-    return Condition(torch.zeros(num_samples, dtype=torch.long))
+    return ClassCondition(torch.zeros(num_samples, dtype=torch.long))
 
 
 def masks(denoise: GuidedDenoiser, length: int) -> torch.Tensor:

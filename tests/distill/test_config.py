@@ -1,8 +1,7 @@
 import re
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
-import yaml
 
 from distill.config import load_config, parse_arguments, to_yaml
 from distill.student_job import StudentJob
@@ -60,11 +59,12 @@ def test_a_missing_file():
         load_config(StudentJob, "nowhere.yaml")
 
 
-def test_command_line(capsys):
+def test_command_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(StudentJob, "", ["--dry-run", "method.beta=0.25"])
     assert stopped.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["method"] == asdict(StudentJob().method) | {"beta": 0.25}
+    shown = load_config(StudentJob, written(tmp_path, capsys.readouterr().out))
+    assert shown == replace(StudentJob(), method=replace(StudentJob().method, beta=0.25))
 
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(StudentJob, "", ["method.bta=1"])

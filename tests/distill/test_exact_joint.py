@@ -7,7 +7,7 @@ from distill.dimo import DiMO, DiMOConfig
 from distill.student_job import make_learner
 from distill.trainer import Trainer, TrainingConfig, make_accelerator
 from students.initialisation import TokenInitialiser
-from teachers.condition import Condition
+from teachers.condition import ClassCondition
 from teachers.network import MaskGITTransformer
 from teachers.objective import MaskedDiffusionObjective
 from teachers.randomness import sample_cumulative, sample_tokens
@@ -16,7 +16,7 @@ NUM_SAMPLES = 50000
 
 
 def no_condition(count):
-    return Condition(torch.zeros(count, dtype=torch.long))
+    return ClassCondition(torch.zeros(count, dtype=torch.long))
 
 
 def train(output, method, networks, learning_rates, averaged, draw_batch, **settings):

@@ -15,6 +15,7 @@ from distill.student_job import StudentJob, load_student, train_student
 from distill.teacher_job import TeacherJob, TokenBatches, train_teacher
 from distill.trainer import TrainingConfig
 from teachers import MaskedDiffusionPipeline, PatchTokenizer
+from teachers.condition import ClassLabels
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_a_batch_that_does_not_divide(run):
 def test_the_monitor_sees_the_averaged_student(run):
     seen = {}
 
-    def monitor(pipeline, step):
+    def monitor(pipeline, conditions, step):
         seen[step] = {key: value.clone() for key, value in pipeline.denoiser.state_dict().items()}
         return {"fd": 1.0}
 
@@ -231,7 +232,7 @@ def test_averaged_weights_warm_up():
 
 def test_every_epoch_shows_each_row_once():
     batches = TokenBatches(
-        torch.arange(10)[:, None], torch.arange(10), TrainingConfig(batch_size=4), torch.device("cpu")
+        torch.arange(10)[:, None], ClassLabels(torch.arange(10)), TrainingConfig(batch_size=4), torch.device("cpu")
     )
     rows = torch.cat([batches(step, range(4), [])[0].flatten() for step in range(5)])
     assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))

@@ -11,6 +11,7 @@ from eval.monitor import SampleMonitor, reference_for
 from eval.speed import measure_speed
 from eval.tuning import REPORT_SEED, TUNING_SEED, Grid, tune_and_measure
 from students import OneStepPipeline, TokenInitialiser
+from teachers.condition import ClassLabels
 from teachers.data import DataConfig, load_data
 
 
@@ -64,14 +65,14 @@ class Fake:
     def __call__(self, images):
         return images
 
-    def predict(self, features):
-        return None
+    def judge(self, features, places):
+        return {}
 
 
 def test_tuning_reports_on_another_draw(monkeypatch):
     seeds = []
 
-    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+    def fake_generate(pipeline, num_images, *, conditions, seed, description, temperature):
         seeds.append((temperature, seed, num_images))
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(num_images, 2, generator=generator) + abs(temperature - 0.5), None, 1
@@ -91,22 +92,22 @@ def test_tuning_can_ask_for_faithfulness_to_the_class(monkeypatch, least, chosen
     """Temperature 0.5 has the lowest distance, 1.0 the next, and half of its samples are of their class."""
 
     class Half(Fake):
-        def predict(self, features):
-            return torch.where(features[:, 0].mean() > 0.3, torch.arange(len(features)) % 2, 1)
+        def judge(self, features, places):
+            return {"class_consistency": 0.5 if features[:, 0].mean() > 0.3 else 0.0}
 
-    def fake_generate(pipeline, num_images, *, seed, description, temperature):
+    def fake_generate(pipeline, num_images, *, conditions, seed, description, temperature):
         images = torch.randn(num_images, 2, generator=torch.Generator().manual_seed(seed)) + abs(temperature - 0.5)
         return images, torch.zeros(num_images, dtype=torch.long), 1
 
     monkeypatch.setattr("eval.tuning.generate", fake_generate)
     grid = Grid((2.0, 1.0, 0.5), (1.0,), (1,), num_tuning_images=500, num_report_images=500)
     reference = Reference(Half(), torch.randn(1000, 2, generator=torch.Generator().manual_seed(9)))
-    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake", least_class_consistency=least)
+    row = tune_and_measure(None, grid.student_settings(), reference, grid, "fake", {"class_consistency": least})
     assert row["settings"] == {"temperature": chosen}
 
 
 def test_the_monitor_writes_samples(teacher, tmp_path):
-    measures = SampleMonitor(tmp_path / "run", DataConfig(name=""))(teacher, 7)
+    measures = SampleMonitor(tmp_path / "run", DataConfig(name=""))(teacher, ClassLabels(torch.arange(10)), 7)
     assert measures == {}
     assert (tmp_path / "run" / "samples" / "step-000007.png").stat().st_size > 0
 

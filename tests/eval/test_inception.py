@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from eval import imagenet, inception
+from eval.chunks import write_chunks
 from eval.distances import Gaussian, frechet_distance, inception_score
 from eval.evaluate import generate
+from teachers.condition import ClassLabels
 
 NUM_CLASSES = 7
 
@@ -115,8 +117,14 @@ def test_processes_share_the_same_images(teacher, weights, tmp_path):
     for name, num_processes in [("one", 1), ("two", 2)]:
         (tmp_path / name).mkdir()
         for process in range(num_processes):
-            imagenet.write_features(
-                teacher, extractor, tmp_path / name, 1100, process=process, num_processes=num_processes
+            write_chunks(
+                teacher,
+                ClassLabels(torch.arange(10)),
+                lambda images: {"features": extractor(images)},
+                tmp_path / name,
+                1100,
+                process=process,
+                num_processes=num_processes,
             )
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

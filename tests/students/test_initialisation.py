@@ -1,7 +1,11 @@
 import pytest
 import torch
+from tiny_text import amused_folder
 
 from students.initialisation import TokenInitialiser, perturb_embeddings, teacher_marginals
+from teachers import MaskedDiffusionPipeline
+from teachers.pipeline import all_classes
+from teachers.prompts import Prompts
 from teachers.randomness import sample_generators
 
 
@@ -25,7 +29,11 @@ def test_random_tokens_have_the_right_distribution(teacher, random_tokens):
     condition = teacher.encode_condition([3] * 20000)
     tokens = initialiser.random_tokens(condition, torch.Generator().manual_seed(0))
     frequency = torch.nn.functional.one_hot(tokens, 16).float().mean(0)
-    expected = teacher_marginals(teacher)[3] if random_tokens == "marginal" else torch.full((16, 16), 1 / 16)
+    expected = (
+        teacher_marginals(teacher, all_classes(teacher))[3]
+        if random_tokens == "marginal"
+        else torch.full((16, 16), 1 / 16)
+    )
     assert (frequency - expected).abs().max() < 0.02
     if random_tokens == "marginal":
         assert (expected - 1 / 16).abs().max() > 0.1  # else the test could not tell them apart
@@ -35,7 +43,7 @@ def test_marginals_are_those_of_a_fully_masked_input(teacher):
     masks = torch.full((10, 16), teacher.mask_token_id)
     with torch.no_grad():
         expected = teacher.denoiser(masks, teacher.encode_condition(list(range(10)))).softmax(-1)
-    torch.testing.assert_close(teacher_marginals(teacher), expected)
+    torch.testing.assert_close(teacher_marginals(teacher, all_classes(teacher)), expected)
 
 
 @pytest.mark.parametrize("noise_scale", ["unit", "embedding"])
@@ -73,3 +81,19 @@ def test_settings_are_saved_with_the_marginals(teacher, tmp_path):
 def test_unknown_kinds_are_refused(teacher):
     with pytest.raises(ValueError, match="random_tokens='gaussian'"):
         TokenInitialiser.for_teacher(teacher, "gaussian")
+
+
+def test_random_tokens_of_prompts_are_of_their_mean_marginal(tmp_path):
+    teacher = MaskedDiffusionPipeline.from_pretrained(amused_folder(tmp_path / "amused"))
+    for parameter in teacher.denoiser.parameters():
+        parameter.data.mul_(2)  # else all tokens are much alike
+    prompts = Prompts(teacher, ["a red apple", "house", "a green car"])
+    initialiser = TokenInitialiser.for_teacher(teacher, "marginal", prompts=prompts)
+    with torch.no_grad():
+        masks = torch.full((3, 16), teacher.mask_token_id)
+        expected = teacher.denoiser(masks, teacher.encode_condition(prompts.prompts)).softmax(-1).mean(0)
+        condition = teacher.encode_condition(["house"] * 20000)
+    tokens = initialiser.random_tokens(condition, torch.Generator().manual_seed(0))
+    frequency = torch.nn.functional.one_hot(tokens, 24).float().mean(0)
+    assert (frequency - expected).abs().max() < 0.02
+    assert (expected - expected.mean(0)).abs().max() > 0.04

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from students import OneStepPipeline
 from students.initialisation import perturb_embeddings
-from teachers import Condition, MaskedDiffusionPipeline, released
+from teachers import MaskedDiffusionPipeline, released
+from teachers.condition import ClassCondition
 from teachers.convert import convert_halton_maskgit, convert_maskgit
 from teachers.convert_vq import convert_llamagen_vq, convert_taming_vq
 from teachers.released import find_file, read_checkpoint
@@ -45,7 +46,7 @@ def tokenizer_of(golden, kind, image_size):
 @torch.no_grad()
 def test_logits_equal_those_of_the_original_code(golden, kind):
     denoiser, expected = denoiser_of(golden, kind), expected_of(golden, kind)
-    condition = Condition(expected["labels"])
+    condition = ClassCondition(expected["labels"])
     dropped = condition.null(where=expected["drop"].bool())
     for given, name in [(condition, "logits_conditional"), (dropped, "logits_drop")]:
         wanted = expected[name][..., : NUM_TOKENS[kind]]  # the last column is the mask's
@@ -58,7 +59,7 @@ def test_embedding_noise_equals_that_of_the_original_code(golden):
     noise = expected["embedding_noise"][:, :16]
     logits = denoiser(
         expected["tokens"],
-        Condition(expected["labels"]),
+        ClassCondition(expected["labels"]),
         perturb=lambda embeddings: perturb_embeddings(embeddings, noise, 0.1, "unit"),
     )
     wanted = expected["logits_embedding_noise_0.1"][..., : NUM_TOKENS["maskgit"]]
@@ -100,7 +101,7 @@ def test_a_converted_folder_is_a_pipeline_that_knows_its_source(command, golden,
     assert pipe(class_labels=[3, 7], output_type="pt").images.shape == (2, 3, 16, 16)
 
     expected = expected_of(golden, kind.split("-")[0])
-    logits = pipe.denoiser(expected["tokens"], Condition(expected["labels"]))
+    logits = pipe.denoiser(expected["tokens"], ClassCondition(expected["labels"]))
     wanted = expected["logits_conditional"][..., : pipe.codebook_size]
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
     for component, source in [("denoiser", arguments[4]), ("tokenizer", arguments[6])]:

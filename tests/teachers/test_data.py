@@ -75,7 +75,7 @@ def test_a_dataset_that_is_nowhere(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(FileNotFoundError, match=r"data\.name='no/where'"):
+    with pytest.raises(FileNotFoundError, match="'no/where' is neither"):
         load_data(DataConfig(name="no/where"))
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from teachers import Condition, HaltonMaskGITTransformer, MaskGITTransformer
+from teachers import HaltonMaskGITTransformer, MaskGITTransformer
+from teachers.condition import ClassCondition
 
 NETWORKS = {
     "maskgit": lambda: MaskGITTransformer(8, 3, (2, 2), 15, 1, num_attention_heads=3, mlp_size=32),
@@ -31,7 +32,7 @@ def test_frozen_parameters_leave_the_output_layer_as_the_teacher_s(network):
 
 @torch.no_grad()
 def test_every_token_position_and_class_is_seen(network):
-    tokens, condition = torch.tensor([[0, 8, 8, 3]]), Condition(torch.tensor([1]))
+    tokens, condition = torch.tensor([[0, 8, 8, 3]]), ClassCondition(torch.tensor([1]))
     logits = network(tokens, condition)
     assert logits.shape == (1, 4, 8)
     changed_token, swapped = tokens.clone(), tokens[:, [3, 1, 2, 0]]
@@ -39,7 +40,7 @@ def test_every_token_position_and_class_is_seen(network):
     for other in [
         network(changed_token, condition),
         network(swapped, condition)[:, [3, 1, 2, 0]],
-        network(tokens, Condition(torch.tensor([2]))),
+        network(tokens, ClassCondition(torch.tensor([2]))),
         network(tokens, condition.null()),
         network(tokens, condition, perturb=lambda embeddings: 2 * embeddings),
     ]:
@@ -50,6 +51,6 @@ def test_a_halton_network_starts_with_blocks_that_are_the_identity():
     """Adaptive normalisation with zero gates: before training the tokens do not see each other."""
     torch.manual_seed(0)
     network = NETWORKS["halton"]()
-    condition = Condition(torch.tensor([1]))
+    condition = ClassCondition(torch.tensor([1]))
     first, second = (network(torch.tensor([tokens]), condition) for tokens in ([0, 1, 2, 3], [0, 5, 6, 7]))
     assert torch.equal(first[:, 0], second[:, 0])

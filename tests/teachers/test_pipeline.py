@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from teachers import MaskedDiffusionPipeline
-from teachers.condition import NO_CLASS, Condition
+from teachers.condition import NO_CLASS, ClassCondition, Condition
 
 
 def test_a_saved_pipeline_makes_the_same_images(teacher, tmp_path):
@@ -43,7 +43,7 @@ def test_step_counts_that_make_no_sense(teacher):
 
 
 def test_conditions():
-    condition = Condition(torch.tensor([1, 2, 3]))
+    condition = ClassCondition(torch.tensor([1, 2, 3]))
     assert condition.null().class_labels.tolist() == [NO_CLASS] * 3
     assert condition.null(where=torch.tensor([True, False, True])).class_labels.tolist() == [NO_CLASS, 2, NO_CLASS]
     joined = Condition.concatenate([condition.select(slice(1, None)), condition.select(torch.tensor([0]))])

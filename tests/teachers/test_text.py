@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 
 from teachers import FirstHittingSampler, MaskGITSampler, PUNTSampler
-from teachers.condition import Condition
+from teachers.condition import ClassCondition
 from teachers.text import MaskedLanguageDenoiser, fill_in_text
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -49,7 +49,7 @@ def test_prompts_stay_and_masks_become_words(tokenizer, denoiser, sampler, block
 def test_padding_changes_nothing(tokenizer, denoiser):
     alone = tokenizer(["a dog [MASK]"], return_tensors="pt")["input_ids"]
     together = tokenizer(["a dog [MASK]", "the cat sat on the mat"], padding=True, return_tensors="pt")["input_ids"]
-    condition = Condition(torch.full((2,), -1))
+    condition = ClassCondition(torch.full((2,), -1))
     with torch.no_grad():
         expected = denoiser(alone, condition)[0]
         logits = denoiser(together, condition)[0, : len(expected)]

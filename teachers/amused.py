@@ -1,0 +1,69 @@
+"""aMUSEd: diffusers' `UVit2DModel` as a denoiser (arXiv 2401.01808). Shapes: B batch, L = h x w tokens, V codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, UVit2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from teachers.condition import TextCondition
+from teachers.meissonic_network import as_grid, as_sequence
+
+
+class AmusedDenoiser(ModelMixin, ConfigMixin):
+    """Tokens (B, L), `mask_token_id` where masked, and prompts -> logits (B, L, V) for the clean tokens.
+
+    `settings` are those of the `UVit2DModel`; of its `vocab_size` tokens the last one is the mask.
+    """
+
+    @register_to_config
+    def __init__(self, token_grid: tuple[int, int], settings: dict[str, Any]):
+        super().__init__()
+        self.transformer = UVit2DModel(**settings)
+        self.mask_token_id = self.transformer.config.vocab_size - 1
+
+    @classmethod
+    def wrap(cls, transformer: UVit2DModel, token_grid: tuple[int, int]) -> AmusedDenoiser:
+        """The denoiser that a published transformer is."""
+        settings = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+        denoiser = cls(token_grid, settings)
+        denoiser.transformer = transformer
+        return denoiser
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        condition: TextCondition,
+        perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens."""
+        height, width = self.config.token_grid
+        embed = self.transformer.embed
+        hook = None
+        if perturb is not None:
+            hook = embed.register_forward_hook(lambda *call: as_grid(perturb(as_sequence(call[-1])), height))
+        logits = self.transformer(
+            tokens.unflatten(1, (height, width)), condition.states, condition.pooled, condition.micro_conditions
+        )
+        if hook is not None:
+            hook.remove()
+        return as_sequence(logits)
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """What Di[M]O keeps fixed: the token embeddings and the output layer."""
+        yield from self.transformer.embed.parameters()
+        yield from self.transformer.mlm_layer.parameters()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.transformer.transformer_layers)
+
+    @property
+    def text_sizes(self) -> tuple[int, int]:
+        """Widths of the text encoder's states and of its pooled embedding."""
+        config = self.transformer.config
+        return config.encoder_hidden_size, config.cond_embed_dim
