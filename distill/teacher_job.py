@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -174,7 +175,8 @@ def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPToken
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # or it reports each weight of that half
     try:
-        text_encoder, found = CLIPTextModelWithProjection.from_pretrained(name, output_loading_info=True)
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(name, output_loading_info=True)
+        text_encoder, found = loaded
         text_tokenizer = CLIPTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"there is no CLIP at {name} (a folder, or a hub id): {error}") from error
