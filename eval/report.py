@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,16 @@ def side_by_side(pictures: dict[str, PIL.Image.Image]) -> PIL.Image.Image:
         row.paste(picture, (left, line))
         left += picture.width + gap
     return row
+
+
+def text_column(texts: list[str], row_height: int, num_characters: int = 28) -> PIL.Image.Image:
+    """Texts in rows of this height, broken into lines, to stand beside a grid of images."""
+    column = PIL.Image.new("RGB", (7 * num_characters, row_height * len(texts)), "white")
+    draw = PIL.ImageDraw.Draw(column)
+    for row, text in enumerate(texts):
+        lines = "\n".join(textwrap.wrap(text, num_characters))
+        draw.text((0, row * row_height + row_height / 2), lines, fill=INK, font_size=13, anchor="lm")
+    return column
 
 
 def _data_uri(image: PIL.Image.Image) -> str:

@@ -27,13 +27,14 @@ from distill.teacher_job import TeacherJob
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
 from eval.monitor import real_images, reference_for
-from eval.report import quality_plot, side_by_side, write_report
+from eval.report import quality_plot, side_by_side, text_column, write_report
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid, tune_and_measure
 from students.export import image_grid
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
 from teachers.condition import Conditions
+from teachers.data import load_data
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
 from teachers.prompts import PromptConfig, Prompts, load_prompts
 
@@ -150,7 +151,7 @@ class Quickstart:
         return all_classes(pipeline)
 
     def columns(self) -> list[str] | None:
-        """What the pictures of samples are made from: all classes."""
+        """The prompts that the model card shows samples of; none: all classes."""
         return None
 
     def train_tokenizer(self) -> None:
@@ -285,17 +286,18 @@ class Quickstart:
         return summary
 
     def samples(self, best: dict[str, Any]) -> dict[str, Any]:
-        title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
         pictures = {}
-        for name, folder, settings in [
-            (title, self.teacher_folder, best["settings"]),
-            ("Student, one evaluation", self.student_folder, {}),
-        ]:
-            pipeline, columns = load_pipeline(folder), self.columns()
-            conditions = Prompts(pipeline, columns) if columns else all_classes(pipeline)
+        for name, folder, settings in self.candidates(best):
+            pipeline = load_pipeline(folder)
+            conditions = all_classes(pipeline)
             images, _, _ = generate(pipeline, 8 * len(conditions), conditions=conditions, **settings)
             pictures[name] = image_grid(images, len(conditions))
         return pictures
+
+    def candidates(self, best: dict[str, Any]) -> list[tuple[str, Path, dict[str, Any]]]:
+        """Title, folder and settings of the teacher at its best, and of the student."""
+        title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
+        return [(title, self.teacher_folder, best["settings"]), ("Student, one evaluation", self.student_folder, {})]
 
     def protocol(self) -> dict[str, str]:
         grid = self.grid
@@ -354,10 +356,22 @@ class CaptionQuickstart(Quickstart):
     def summarise(self, reference: Reference, measurements: Path, speed: Path) -> dict[str, Any]:
         images = real_images(self.test_data)
         real = reference.measure(images, torch.arange(len(images)))
-        print("real test images:", json.dumps(real))
         measured = json.loads(measurements.read_text())
+        real |= {"nfe": 0, "settings": {}}
         measurements.write_text(json.dumps(measured | {"real_test_images": real}, indent=2))
         return super().summarise(reference, measurements, speed)
+
+    def samples(self, best: dict[str, Any]) -> dict[str, Any]:
+        """The first prompts of the test split, their own images, and four of the teacher and of the student."""
+        prompts, num_images = load_prompts(self.prompts)[:12], 4
+        pictures = {"Test image": image_grid(load_data(self.test_data).images()[: len(prompts)], 1)}
+        for name, folder, settings in self.candidates(best):
+            pipeline = load_pipeline(folder)
+            repeated = [prompt for prompt in prompts for _ in range(num_images)]
+            images, _, _ = generate(pipeline, len(repeated), conditions=Prompts(pipeline, repeated), **settings)
+            pictures[name] = image_grid(images, num_images)
+        texts = text_column(prompts, pictures["Test image"].height // len(prompts))
+        return {"Prompts of the test split": side_by_side({"": texts, **pictures})}
 
 
 if __name__ == "__main__":
