@@ -305,8 +305,8 @@ class Quickstart:
             "Quality": f"{grid.num_report_images} images for every row, against the real ones. Temperature "
             f"{grid.temperatures} and, for the teacher, guidance {grid.guidance_scales} chosen at each step count by "
             f"FD on another draw of {grid.num_tuning_images} images; the student's temperature on one of "
-            f"{grid.num_report_images}, from those whose {self.faithfulness.replace('_', ' ')} is not below that of the "
-            f"teacher's best setting{f' by more than {self.allowance}' if self.allowance else ''}, unless none is.",
+            f"{grid.num_report_images}, from those whose {self.faithfulness.replace('_', ' ')} is not below that of "
+            f"the teacher's best setting{f' by more than {self.allowance}' if self.allowance else ''}, unless none is.",
             "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "
             f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch 256.",
             "Seed": str(self.seed),
