@@ -27,6 +27,7 @@ class VQConfig:
     num_blocks: int = setting(1, "residual blocks per level")
     num_groups: int = setting(8, "of group normalisation; divides the widths")
     attention: bool = setting(False, "attention at the lowest resolution")
+    local: bool = setting(False, "each token is of its own patch alone: for pictures with flat areas")
 
     def __post_init__(self) -> None:
         wrong = [width for width in self.widths if width % self.num_groups]
@@ -138,7 +139,7 @@ def make_tokenizer(config: VQConfig, image_shape: torch.Size) -> VQTokenizer:
         "vq_embed_dim": config.entry_size,
         "mid_block_add_attention": config.attention,
     }
-    return VQTokenizer((height, width), settings)
+    return VQTokenizer((height, width), settings, local=config.local)
 
 
 def check_codebook(perplexity: float, job: TokenizerJob) -> None:

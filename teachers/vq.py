@@ -13,12 +13,16 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     """Images in [0, 1] <-> tokens through a `VQModel` that sees them in [-1, 1], or as they are if `unit_range`.
 
     `settings` are those of the `VQModel`. Each of its levels but the first halves the image, so that the grid is
-    the image's size over 2^(levels - 1). Shapes: B batch, C channels, H x W image, h x w grid, L = h w tokens,
-    E size of a codebook entry.
+    the image's size over 2^(levels - 1). With `local` the encoder sees the patch of each token alone, so that equal
+    patches have equal tokens; without, a token also says something of what is around it.
+
+    Shapes: B batch, C channels, H x W image, h x w grid, L = h w tokens, E size of a codebook entry.
     """
 
     @register_to_config
-    def __init__(self, image_size: tuple[int, int], settings: dict[str, Any], unit_range: bool = False):
+    def __init__(
+        self, image_size: tuple[int, int], settings: dict[str, Any], unit_range: bool = False, local: bool = False
+    ):
         super().__init__()
         self.vq = VQModel(**settings)
         factor = 2 ** (len(self.vq.config.block_out_channels) - 1)
@@ -46,7 +50,11 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> latents (B, L, E)."""
         images = images if self.config.unit_range else 2 * images - 1
-        return self.vq.encode(images).latents.flatten(2).transpose(1, 2)
+        if not self.config.local:
+            return self.vq.encode(images).latents.flatten(2).transpose(1, 2)
+        height, width = self.token_grid
+        patches = images.unflatten(3, (width, -1)).unflatten(2, (height, -1)).permute(0, 2, 4, 1, 3, 5)
+        return self.vq.encode(patches.flatten(0, 2)).latents.unflatten(0, (-1, height * width)).flatten(2)
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, L, E) -> the tokens (B, L) of the nearest codebook entries."""

@@ -24,6 +24,18 @@ def test_each_latent_gets_its_nearest_entry(tokenizer, digits):
     assert torch.equal(tokenizer.encode(digits[:20]), brute_force)
 
 
+def test_a_local_token_is_of_its_patch_alone(digits):
+    config = VQConfig(codebook_size=16, widths=(8, 16), num_groups=4, local=True)
+    local = make_tokenizer(config, torch.Size([1, 8, 8])).eval()
+    latents = local.latents(digits[:20])
+    assert latents.shape == (20, 16, 8)
+    changed = digits[:20].clone()
+    changed[:, :, 2:4, 4:6] = torch.rand(20, 1, 2, 2)  # the patch in row 1, column 2
+    moved = (local.latents(changed) != latents).any(-1)
+    assert moved.sum() == 20
+    assert moved[:, 1 * 4 + 2].all()
+
+
 def test_decoding_sees_only_the_tokens(tokenizer, digits):
     reconstructed, _, _, tokens = tokenizer(digits[:5])
     assert tokenizer.decode(tokens).min() >= 0
