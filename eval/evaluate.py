@@ -35,7 +35,7 @@ def generate(
     *,
     conditions: Conditions | None = None,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     description: str | None = None,
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -43,8 +43,11 @@ def generate(
 
     They go round the conditions: of a class-conditional pipeline by default all classes, whose places are the labels.
 
-    Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing.
+    Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing but
+    the time.
     """
+    if batch_size is None:  # of more tokens the activations leave the caches of a CPU
+        batch_size = max(1, 2048 // pipeline.sequence_length) if pipeline.device.type == "cpu" else 500
     conditions = all_classes(pipeline) if conditions is None else conditions
     labels = torch.arange(num_images) % len(conditions)
     images, evaluations = [], 0.0
