@@ -56,7 +56,7 @@ OWN_DATA = replace(QUICK, guidance_scales=(1.0, 1.25, 1.5), num_tuning_images=20
 CONFIGS = Path(__file__).parent.parent / "configs"
 CAPTIONS = Grid(
     temperatures=(0.8, 0.6, 0.4),
-    guidance_scales=(1.0, 1.5, 2.0),
+    guidance_scales=(1.0, 1.5),
     num_steps=(4, 8, 16),
     num_tuning_images=354,
     num_report_images=708,
@@ -87,7 +87,7 @@ class Quickstart:
     """The stages, for a teacher conditioned on classes."""
 
     faithfulness, allowance = "class_consistency", 0.0  # the student's may be so much below the teacher's best
-    timed_batch = 256
+    timed_batch = 256  # what images per second are counted at, beside batches of 1
 
     def __init__(self, arguments: argparse.Namespace):
         self.seed, self.overrides = arguments.seed, arguments.overrides
