@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there: staged, hashed, renamed into place.
 
 A checkpoint is a folder `step-000100` whose `manifest.json`, written last, holds the size and SHA-256 of every file.
-It is a training state, not an interchange format: it holds optimizer states as pickles that are only ever read back
-with `weights_only=True`.
+It holds safetensors and JSON, and nothing that could run code.
 """
 
 from __future__ import annotations
@@ -12,43 +11,43 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+BEST = "best.json"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, directory: Path, step: int, keep: int, write: Callable[[Path], None]
-) -> Path:
-    """Save the accelerator's state and what `write(folder)` adds to it; then remove all but the newest `keep`.
+    accelerator: Accelerator, directory: Path, step: int, keep: int, contents: Iterable[Callable[[Path], None]]
+) -> bool:
+    """Save a checkpoint, then remove all but the newest `keep` and the best. All processes call it.
 
-    All processes call it; `write` runs on the main one.
+    `contents` are functions that write parts of it into a folder: every process draws them (a sharded state has to be
+    gathered by all), the main one calls them. False, with a warning, if the disk does not take it: then the earlier
+    checkpoints are as they were.
     """
-    final = directory / f"step-{step:06d}"
-    staging = directory / f".staging-{step:06d}"
+    staging, failure = directory / f".staging-{step:06d}", None
     if accelerator.is_main_process:
-        for leftover in directory.glob(".staging-*"):
-            shutil.rmtree(leftover)
-        staging.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write(staging)
-        _write_manifest(staging, step)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(staging, final)
-        _sync(directory)
-        for old in _checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+        failure = _attempt(partial(_make_empty, directory, staging))
+    for write in contents:
+        if accelerator.is_main_process and failure is None:
+            failure = _attempt(partial(write, staging))
+    if accelerator.is_main_process and failure is None:
+        failure = _attempt(partial(_put_in_place, staging, directory, step))
+    if failure is not None:
+        shutil.rmtree(staging, ignore_errors=True)
+        logger.warning("the checkpoint of step %d could not be saved: %s; earlier ones stay", step, failure)
+    elif accelerator.is_main_process:
+        _prune(directory, keep)
+    return broadcast_object_list([failure is None])[0]
 
 
 def newest_checkpoint(directory: Path) -> Path:
@@ -84,20 +83,71 @@ def verify_checkpoint(checkpoint: Path) -> int:
     return step
 
 
+def mark_best(directory: Path, step: int, measure: str, value: float, keep: int) -> None:
+    """Note that the checkpoint of this step is the best so far, which stays beside the newest `keep`."""
+    staging = directory / f".{BEST}"
+    staging.write_text(json.dumps({"step": step, "measure": measure, "value": value}))
+    _sync(staging)
+    os.replace(staging, directory / BEST)
+    _prune(directory, keep)
+
+
+def best_checkpoint(directory: Path) -> tuple[Path, str, float] | None:
+    """The checkpoint that was marked as the best, the measure and its value; None where none was."""
+    try:
+        best = json.loads((directory / BEST).read_text())
+        return _folder(directory, best["step"]), best["measure"], best["value"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s) and counts for nothing", directory / BEST, error)
+        return None
+
+
+def _prune(directory: Path, keep: int) -> None:
+    best = best_checkpoint(directory)
+    for old in _checkpoints(directory)[:-keep]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old, ignore_errors=True)  # what cannot be removed must not end the run
+
+
 def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"))
+    return sorted(directory.glob("step-[0-9]*"), key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def _write_manifest(checkpoint: Path, step: int) -> None:
+def _folder(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
+
+
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _make_empty(directory: Path, staging: Path) -> None:
+    for leftover in directory.glob(".staging-*"):
+        shutil.rmtree(leftover)
+    staging.mkdir(parents=True)
+
+
+def _put_in_place(staging: Path, directory: Path, step: int) -> None:
     files = {}
-    for path in sorted(checkpoint.rglob("*")):
+    for path in sorted(staging.rglob("*")):
         if path.is_file():
             _sync(path)
-            files[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = checkpoint / MANIFEST
+            files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=2))
-    _sync(manifest)
-    _sync(checkpoint)
+    for path in (manifest, *(folder for folder in staging.rglob("*") if folder.is_dir()), staging):
+        _sync(path)
+    final = _folder(directory, step)
+    if final.exists():  # damaged, or the run would have gone on from there
+        shutil.rmtree(final)
+    os.replace(staging, final)
+    _sync(directory)
 
 
 def _sha256(path: Path) -> str:

@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
+from distill.trainer import Trainer, claim_output, make_accelerator, on_main_process
+from distill.training_config import TrainingConfig
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.prompts import tokenize
 from teachers.randomness import derive_seed, rand
@@ -99,6 +100,10 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
         moved = shift_images(images[chosen], job.shift, generator)
         return moved.to(accelerator.device), tokens[chosen].to(accelerator.device)
 
+    def evaluate(network: CLIPModel, step: int) -> dict[str, float]:
+        assert monitor is not None
+        return monitor(network, processor, step)
+
     trainer = Trainer(
         job.training,
         accelerator,
@@ -108,12 +113,13 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
         averaged="clip",
         draw_batch=draw_batch,
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(network, processor, step),
+        evaluate=on_main_process(evaluate) if monitor is not None else None,
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()
+    network = trainer.averaged_network()
     if finished and accelerator.is_main_process:
-        trainer.averaged_network().save_pretrained(output / "clip")
+        network.save_pretrained(output / "clip")
         processor.save_pretrained(output / "clip")
         tokenizer.save_pretrained(output / "clip")
     return finished

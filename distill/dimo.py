@@ -157,8 +157,8 @@ def student_metrics(
     """What tells how distillation goes, since its losses do not.
 
     `divergence` (nats per masked token) is between teacher and auxiliary; `teacher_agreement` is the teacher's mean
-    probability of the student's tokens where they are masked; `token_entropy` (nats per token) is the student's, and a
-    fall to zero is collapse.
+    probability of the student's tokens where they are masked; `token_entropy` (nats per token) is the student's, and
+    `unique_tokens` the share of the codebook in the batch: a fall of them to zero is collapse.
     """
     divergence = jeffreys_divergence(teacher_logits, auxiliary_logits, beta)
     agreement = teacher_logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
@@ -167,4 +167,5 @@ def student_metrics(
         "divergence": divergence[mask].mean(),
         "teacher_agreement": agreement[mask].mean(),
         "token_entropy": -(log_probabilities.exp() * log_probabilities).sum(-1).mean(),
+        "unique_tokens": logits.new_zeros(logits.shape[-1]).float().index_fill_(0, tokens.flatten(), 1).mean(),
     }

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import newest_checkpoint, verify_checkpoint
+from distill.alarms import AlarmConfig, Alarms
+from distill.checkpoint import best_checkpoint, newest_checkpoint, verify_checkpoint
 from distill.config import load_config, section, setting, to_yaml
 from distill.dimo import DiMO, DiMOConfig
-from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
+from distill.trainer import Trainer, claim_output, make_accelerator
+from distill.training_config import TrainingConfig
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.condition import Condition, Conditions
@@ -58,6 +60,7 @@ class StudentJob:
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
+    alarms: AlarmConfig = section(AlarmConfig, "what tells that it has gone wrong")
     prompts: PromptConfig = section(PromptConfig, "what a teacher conditioned on text is distilled on")
     negative_prompt: str = setting("", "what its guidance leads away from; empty: the teacher's own")
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
@@ -68,7 +71,7 @@ class StudentJob:
             raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
 
 
-Monitor = Callable[[OneStepPipeline, Conditions, int], dict[str, float]]
+Monitor = Callable[[OneStepPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
 
 
 def load_teacher(name: str) -> MaskedDiffusionPipeline:
@@ -82,7 +85,7 @@ def load_teacher(name: str) -> MaskedDiffusionPipeline:
 
 
 def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged student now and then.
+    """Run the job; `monitor(pipeline, conditions, step, heartbeat)` measures the averaged student now and then.
 
     False if interrupted.
     """
@@ -108,6 +111,10 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     def pipeline(network: Denoiser) -> OneStepPipeline:
         return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
 
+    def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        assert monitor is not None
+        return monitor(pipeline(network), conditions, step, heartbeat)
+
     def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
         uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
         return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
@@ -121,7 +128,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         averaged="student",
         draw_batch=draw_condition,
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), conditions, step),
+        evaluate=evaluate if monitor is not None else None,
+        alarms=Alarms(job.alarms, teacher.codebook_size),
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
     return trainer.train()
@@ -166,16 +174,27 @@ def make_learner(teacher: Denoiser, freeze_embeddings: bool, gradient_checkpoint
     return learner
 
 
-def load_student(run: Path) -> tuple[OneStepPipeline, StudentJob, int]:
-    """The student with the averaged weights of a run's newest whole checkpoint, the run's job, and the step."""
+def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, StudentJob, int]:
+    """The student with the averaged weights of a run's newest whole checkpoint, or of the best; the job, and the step.
+
+    Raises FileNotFoundError where there is none, ValueError where the best one is damaged.
+    """
     job = load_job(run)
-    checkpoint = newest_checkpoint(run / "checkpoints")
+    checkpoint = find_best(run) if best else newest_checkpoint(run / "checkpoints")
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
     student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
     pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
     return pipeline, job, step
+
+
+def find_best(run: Path) -> Path:
+    """The checkpoint that measured best in a run; FileNotFoundError where nothing was measured."""
+    found = best_checkpoint(run / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint of {run} was marked as the best (training.keep_best)")
+    return found[0]
 
 
 def load_job(run: Path) -> StudentJob:

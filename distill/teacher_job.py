@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
+from distill.trainer import Trainer, claim_output, make_accelerator
+from distill.training_config import TrainingConfig
 from teachers.amused import AmusedDenoiser
 from teachers.condition import ClassLabels, Condition, Conditions
 from teachers.corruption import MASK_SCHEDULES
@@ -96,11 +97,11 @@ class TeacherJob:
     scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of captions during training")
 
 
-Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int], dict[str, float]]
+Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
 
 
 def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
-    """Run the job; `monitor(pipeline, conditions, step)` measures the averaged weights now and then.
+    """Run the job; `monitor(pipeline, conditions, step, heartbeat)` measures the averaged weights now and then.
 
     False if interrupted.
     """
@@ -131,6 +132,10 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, *text_modules)
         return pipeline.to(accelerator.device)
 
+    def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        assert monitor is not None
+        return monitor(pipeline(network), to_sample, step, heartbeat)
+
     trainer = Trainer(
         job.training,
         accelerator,
@@ -140,13 +145,14 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         averaged="denoiser",
         draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
         output=output,
-        evaluate=None if monitor is None else lambda network, step: monitor(pipeline(network), to_sample, step),
+        evaluate=evaluate if monitor is not None else None,
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()
+    network = trainer.averaged_network()
     if finished and accelerator.is_main_process:
         text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
-        pipeline(trainer.averaged_network(), *text_modules).save_pretrained(output / "pipeline")
+        pipeline(network, *text_modules).save_pretrained(output / "pipeline")
         names = json.dumps(data.class_names, ensure_ascii=False)
         (output / "pipeline" / "class_names.json").write_text(names)
     return finished

@@ -10,7 +10,8 @@ import torch
 
 from distill.batches import ShuffledRows
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, TrainingConfig, claim_output, make_accelerator
+from distill.trainer import Trainer, claim_output, make_accelerator, on_main_process
+from distill.training_config import TrainingConfig
 from teachers.data import DataConfig, load_data
 from teachers.randomness import derive_seed
 from teachers.vq import VQTokenizer
@@ -113,12 +114,13 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
         averaged="tokenizer",
         draw_batch=draw_batch,
         output=output,
-        evaluate=evaluate,
+        evaluate=on_main_process(evaluate),
         run_settings=asdict(job.objective) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()
+    network = trainer.averaged_network()
     if finished and accelerator.is_main_process:
-        trainer.averaged_network().save_pretrained(output / "tokenizer")
+        network.save_pretrained(output / "tokenizer")
     return finished
 
 

@@ -10,87 +10,40 @@ import copy
 import json
 import logging
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from distill.checkpoint import newest_checkpoint, save_checkpoint
-from distill.config import setting
+from distill.alarms import Alarms
+from distill.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
+from distill.loss_scale import LossScale
+from distill.state import adam_state, gather, restore
+from distill.training_config import TrainingConfig
 from teachers.progress import progress_bar
 from teachers.randomness import derive_seed, sample_generators
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE_SCHEDULES = ("constant_with_warmup", "linear", "cosine")
-MIXED_PRECISIONS = ("no", "bf16")
-TRACKERS = ("tensorboard", "wandb", "none")
+STATE = "trainer.json"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-@dataclass
-class TrainingConfig:
-    """The settings of the loop."""
+Evaluation = Callable[[Any, int, Callable[[], None]], dict[str, float]]
 
-    num_steps: int = setting(1000, "training steps")
-    max_steps: int = setting(0, "end after so many, with a checkpoint to go on from; 0: run to num_steps")
-    batch_size: int = setting(128, "samples per step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = setting(1, "parts that each process splits its share of the batch into")
-    learning_rate: float = setting(1e-3, "of the network that is trained: the teacher, or the student")
-    learning_rate_schedule: str = setting("constant_with_warmup", "constant_with_warmup, linear or cosine (to zero)")
-    warmup_steps: int = setting(100, "steps over which the learning rate rises from zero")
-    weight_decay: float = setting(0.0, "AdamW's weight decay; 0 is Adam")
-    adam_beta2: float = setting(0.999, "Adam's decay of squared gradients")
-    adam_epsilon: float = setting(1e-6, "Adam's epsilon; a smaller one makes full steps of gradients that are rounding")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm, each network's alone")
-    ema_decay: float = setting(0.999, "of the averaged weights, warmed up as min(decay, (1 + n) / (10 + n))")
-    mixed_precision: str = setting("no", "no or bf16")
-    gradient_checkpointing: bool = setting(False, "compute activations again in the backward: less memory, more time")
-    seed: int = setting(0, "every random draw is a function of it, the step and the place in the batch")
-    log_every: int = setting(20, "steps between lines of metrics.jsonl")
-    evaluate_every: int = setting(0, "steps between sample grids and quick measurements; 0: only at the end")
-    checkpoint_every: int = setting(500, "steps between checkpoints; one is always written at the end")
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept")
-    max_nonfinite_steps: int = setting(10, "the run ends after this many steps in a row without finite gradients")
-    tracker: str = setting("tensorboard", "tensorboard, wandb or none; metrics.jsonl is written always")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in the output folder")
 
-    def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_checkpoints", "max_nonfinite_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be more than 0")
-        for name in ("max_steps", "warmup_steps", "weight_decay", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be 0 or more")
-        for name in ("ema_decay", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be in [0, 1)")
-        for name, known in [
-            ("learning_rate_schedule", LEARNING_RATE_SCHEDULES),
-            ("mixed_precision", MIXED_PRECISIONS),
-            ("tracker", TRACKERS),
-        ]:
-            if getattr(self, name) not in known:
-                raise ValueError(f"training.{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
+class Stopped(Exception):
+    """Raised in an evaluation when the run was asked to stop."""
 
 
 class Method(Protocol):
@@ -118,7 +71,9 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         project_dir=str(output),
     )
     if accelerator.distributed_type.value == "DEEPSPEED":
-        raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP (--multi_gpu)")
+        raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP or FSDP2")
+    if accelerator.distributed_type.value == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError("FSDP's first version is not supported; ask for the second (fsdp_version: 2)")
     share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)
     if not share.is_integer():
         raise ValueError(
@@ -140,6 +95,15 @@ def claim_output(output: Path, resume: bool) -> None:
         output.mkdir(parents=True, exist_ok=True)
 
 
+def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluation:
+    """An evaluation by the main process alone, whose measures all get."""
+
+    def broadcast(network: Any, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        return broadcast_object_list([evaluate(network, step) if PartialState().is_main_process else None])[0]
+
+    return broadcast
+
+
 class Trainer:
     """Trains networks by a method.
 
@@ -148,7 +112,9 @@ class Trainer:
         learning_rates: of each network.
         averaged: the network whose averaged weights are evaluated and saved, under `averaged/` in each checkpoint.
         draw_batch: (step, places in the global batch, a generator for each place) -> what the method takes as batch.
-        evaluate: (averaged network, step) -> metrics; called on the main process.
+        evaluate: (averaged network, step, heartbeat) -> metrics; called on every process. It calls `heartbeat()` now
+            and then, on every process alike: that is where an evaluation can be stopped.
+        alarms: what looks at each line of metrics.
     """
 
     def __init__(
@@ -161,19 +127,23 @@ class Trainer:
         averaged: str,
         draw_batch: Callable[[int, range, list[torch.Generator]], Any],
         output: Path,
-        evaluate: Callable[[ModelMixin, int], dict[str, float]] | None = None,
+        evaluate: Evaluation | None = None,
+        alarms: Alarms | None = None,
         run_settings: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator, self.method = config, accelerator, method
-        self.draw_batch, self.output, self.evaluate = draw_batch, output, evaluate
+        self.draw_batch, self.output, self.evaluate, self.alarms = draw_batch, output, evaluate, alarms
+        self.checkpoints = output / "checkpoints"
         self.step = 0
+        self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
         self._nonfinite_in_a_row = 0
         self._stop_requested = False
 
         self._averaged_name = averaged
         self._averaged_network = copy.deepcopy(networks[averaged]).to(accelerator.device).eval().requires_grad_(False)
         self.networks: dict[str, nn.Module] = {}
-        self.optimizers, self.schedulers = {}, {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedulers = {}
         for name, network in networks.items():
             optimizer = torch.optim.AdamW(
                 [parameter for parameter in network.parameters() if parameter.requires_grad],
@@ -182,21 +152,19 @@ class Trainer:
                 eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
             )
-            self.networks[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
+            # One network at a time: FSDP2 takes no more. The wrapper of the optimizer is left aside, since it updates
+            # the loss scale once for each of several optimizers.
+            self.networks[name], wrapper = accelerator.prepare(network, optimizer)
+            self.optimizers[name] = wrapper.optimizer
             self.schedulers[name] = get_scheduler(
                 config.learning_rate_schedule,
-                optimizer,
+                self.optimizers[name],
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.num_steps,
             )
         self.ema = EMAModel(self._unwrapped(averaged).parameters(), decay=config.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(self, self.ema, *self.schedulers.values())
-
         if config.resume:
-            checkpoint = newest_checkpoint(output / "checkpoints")
-            accelerator.load_state(str(checkpoint))
-            self.ema.to(accelerator.device)
-            logger.info("resuming from %s", checkpoint)
+            self._load()
         if accelerator.is_main_process:
             self._trim_metrics()
         plain = {  # tensorboard takes nothing else
@@ -204,12 +172,6 @@ class Trainer:
             for key, value in (run_settings or {}).items()
         }
         accelerator.init_trackers("tracker", config=plain)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
     def train(self) -> bool:
         """Run to the last step; False if a signal ended it early. Either way a checkpoint holds all that was done."""
@@ -237,20 +199,28 @@ class Trainer:
                 if last or self.step % config.log_every == 0:
                     progress.set_postfix(self._log(metrics), refresh=False)
                 progress.update()
-                stop = self._stop_is_requested() or 0 < config.max_steps <= self.step
-                if last or stop or self.step % config.checkpoint_every == 0:
-                    self._save()
-                if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
-                    self._evaluate()
-                if stop and not last:
+                saved = (last or self.step % config.checkpoint_every == 0) and self._save()
+                evaluation_due = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
+                best = self._evaluate() if evaluation_due else None
+                stop = not last and (self._stop_is_requested() or 0 < config.max_steps <= self.step)
+                if not saved and (last or stop or best is not None):
+                    saved = self._save()
+                if not saved and (last or stop):
+                    raise OSError(
+                        f"the run ends after step {self.step} without a checkpoint of it; see the warning above"
+                    )
+                if saved and best is not None:
+                    self._mark_best(best)
+                if stop:
                     logger.warning("stopped after step %d; go on with training.resume=true", self.step)
                     break
         self.accelerator.end_training()
         return self.step == config.num_steps
 
     def averaged_network(self) -> ModelMixin:
-        """A copy of the averaged network with the averaged weights."""
-        self.ema.copy_to(self._averaged_network.parameters())
+        """A copy of the averaged network with the averaged weights; all processes call it."""
+        whole = gather(self._averages(), keep=True)
+        restore(dict(self._averaged_network.named_parameters()), whole)
         return self._averaged_network
 
     def _update(self, number: int, update: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -273,32 +243,47 @@ class Trainer:
                 with accelerator.autocast():
                     losses, metrics = self.method.losses(self.networks, update, batch, generator)
                 loss = torch.stack(list(losses.values())).sum() / num_parts
-                accelerator.backward(loss)
+                (loss * self.loss_scale.value).backward()
             finite = finite * loss.detach().isfinite()
             all_metrics.append(metrics)
 
         metrics = {key: torch.stack([part[key] for part in all_metrics]).mean() for key in all_metrics[0]}
         for name in update:
-            norm = accelerator.clip_grad_norm_(self.networks[name].parameters(), config.max_grad_norm)
+            norm = self._clip_gradients(name)
             metrics[f"{name}_grad_norm"] = norm
             finite = finite * norm.isfinite()
 
         # All processes have to agree before any of them lets its optimizer see the gradients.
-        if accelerator.gather(finite[None]).min() > 0:
-            self._nonfinite_in_a_row = 0
+        all_finite = bool(accelerator.gather(finite[None]).min() > 0)
+        if all_finite:
             for name in update:
                 self.optimizers[name].step()
-        else:
-            self._nonfinite_in_a_row += 1
-            logger.warning("step %d: a loss or gradient of %s is not finite; skipped", self.step, "/".join(update))
-            if self._nonfinite_in_a_row >= config.max_nonfinite_steps:
-                raise FloatingPointError(
-                    f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {self.step}); "
-                    "lower the learning rates, or go on from an earlier checkpoint"
-                )
+        self._count_nonfinite(all_finite, update)
         for name in update:
             self.optimizers[name].zero_grad()
         return metrics
+
+    def _clip_gradients(self, name: str) -> torch.Tensor:
+        """Undo the loss scale, clip, and return the norm before that."""
+        parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
+        if self.loss_scale.value != 1:
+            for parameter in parameters:
+                parameter.grad.div_(self.loss_scale.value)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _count_nonfinite(self, finite: bool, update: tuple[str, ...]) -> None:
+        scaled_down = self.loss_scale.update(finite)
+        if finite:
+            self._nonfinite_in_a_row = 0
+        elif not scaled_down:  # otherwise it is how the loss scale finds its size
+            self._nonfinite_in_a_row += 1
+            logger.warning("step %d: a loss or gradient of %s is not finite; skipped", self.step, "/".join(update))
+        if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {self.step}); "
+                "lower the learning rates, or go on from an earlier checkpoint"
+            )
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         """Average the metrics over processes and write them down."""
@@ -308,16 +293,32 @@ class Trainer:
         values = dict(zip(metrics, means, strict=True))
         values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
         self._write(values)
+        messages = self.alarms(values) if self.alarms is not None else []
+        for message in messages:
+            logger.warning("step %d: %s", self.step, message)
+        if messages and self.alarms.config.stop:
+            self._stop_requested = True
         return {
             key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key
         }
 
-    def _evaluate(self) -> None:
-        if self.evaluate is not None and self.accelerator.is_main_process:
-            measures = self.evaluate(self.averaged_network(), self.step)
-            if measures:
-                self._write(measures)
-        self.accelerator.wait_for_everyone()
+    def _evaluate(self) -> float | None:
+        """Measure and write down; the measure that the best checkpoint is chosen by, if it is lower than any before."""
+        if self.evaluate is None:
+            return None
+        try:
+            measures = self.evaluate(self.averaged_network(), self.step, self._heartbeat)
+        except Stopped:
+            logger.warning("the evaluation of step %d was left, to stop", self.step)
+            return None
+        if measures:
+            self._write(measures)
+        value, best = measures.get(self.config.keep_best), best_checkpoint(self.checkpoints)
+        return value if value is not None and (best is None or value < best[2]) else None
+
+    def _heartbeat(self) -> None:
+        if self._stop_is_requested():
+            raise Stopped
 
     def _write(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
@@ -332,24 +333,70 @@ class Trainer:
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
             path.write_text("".join(line + "\n" for line in kept))
 
-    def _save(self) -> None:
-        def write(folder: Path) -> None:
-            self.averaged_network().save_pretrained(folder / "averaged")
+    def _save(self) -> bool:
+        return save_checkpoint(
+            self.accelerator, self.checkpoints, self.step, self.config.keep_checkpoints, self._contents()
+        )
 
-        save_checkpoint(self.accelerator, self.output / "checkpoints", self.step, self.config.keep_checkpoints, write)
+    def _contents(self) -> Iterator[Callable[[Path], None]]:
+        """What a checkpoint holds, part by part: all processes gather, and the main one may write."""
+        keep = self.accelerator.is_main_process
+        for name in self.networks:
+            network = self._unwrapped(name)
+            weights = gather(network.state_dict(), keep)
+            yield lambda folder, name=name, tensors=weights: save_file(tensors, folder / f"{name}.safetensors")
+            moments = gather(adam_state(network, self.optimizers[name]), keep)
+            yield lambda folder, name=name, tensors=moments: save_file(tensors, folder / f"{name}.adam.safetensors")
+        averaged = self.averaged_network()
+        yield lambda folder: averaged.save_pretrained(folder / "averaged")
+        counters = {
+            "step": self.step,
+            "averaged_steps": self.ema.optimization_step,
+            "loss_scale": self.loss_scale.state_dict(),
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+        }
+        yield lambda folder: (folder / STATE).write_text(json.dumps(counters))
+
+    def _load(self) -> None:
+        """Go on from the newest whole checkpoint, which the main process finds."""
+        found = [str(newest_checkpoint(self.checkpoints)) if self.accelerator.is_main_process else None]
+        checkpoint = Path(broadcast_object_list(found)[0])
+        for name in self.networks:
+            network = self._unwrapped(name)
+            restore(network.state_dict(), load_file(checkpoint / f"{name}.safetensors"))
+            moments = adam_state(network, self.optimizers[name])
+            restore(moments, load_file(checkpoint / f"{name}.adam.safetensors"))
+        averaged = type(self._averaged_network).from_pretrained(checkpoint / "averaged")
+        restore(self._averages(), dict(averaged.named_parameters()))
+        counters = json.loads((checkpoint / STATE).read_text())
+        self.step, self.ema.optimization_step = counters["step"], counters["averaged_steps"]
+        self.loss_scale.load_state_dict(counters["loss_scale"])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(counters["schedulers"][name])
+            for group, rate in zip(self.optimizers[name].param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        logger.info("resuming from %s", checkpoint)
+
+    def _mark_best(self, value: float) -> None:
+        if self.accelerator.is_main_process:
+            mark_best(self.checkpoints, self.step, self.config.keep_best, value, self.config.keep_checkpoints)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        names = [name for name, _ in self._unwrapped(self._averaged_name).named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
 
     def _unwrapped(self, name: str) -> nn.Module:
         return self.accelerator.unwrap_model(self.networks[name])
 
     @contextlib.contextmanager
     def _stop_on_signals(self):
-        """SIGINT and SIGTERM ask for a checkpoint at the end of the step; a second SIGINT stops at once."""
+        """The stop signals ask for a checkpoint at the end of the step; a second SIGINT stops at once."""
 
         def request(number, frame):
             self._stop_requested = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -360,4 +407,5 @@ class Trainer:
         """Whether any process was asked to stop, so that all of them leave together."""
         if self._stop_requested:
             self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
+        self._stop_requested = self.accelerator.check_trigger()
+        return self._stop_requested

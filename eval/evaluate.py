@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
 from teachers.condition import Conditions
@@ -37,29 +40,49 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     description: str | None = None,
+    process: int = 0,
+    num_processes: int = 1,
+    heartbeat: Callable[[], None] = lambda: None,
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Images (N, C, H, W), the places (N,) of the conditions they are of, and the NFE per image.
 
+    Of several processes each gets every `num_processes`-th image, from its own number on.
+
     They go round the conditions: of a class-conditional pipeline by default all classes, whose places are the labels.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing but
-    the time.
+    the time. `heartbeat` is called before each batch, equally often on every process.
     """
     if batch_size is None:  # of more tokens the activations leave the caches of a CPU
         batch_size = max(1, 2048 // pipeline.sequence_length) if pipeline.device.type == "cpu" else 500
     conditions = all_classes(pipeline) if conditions is None else conditions
-    labels = torch.arange(num_images) % len(conditions)
+    numbers = torch.arange(num_images)[process::num_processes]
     images, evaluations = [], 0.0
-    starts = range(0, num_images, batch_size)
+    starts = range(0, -(-num_images // num_processes), batch_size)
     for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
-        chosen = labels[start : start + batch_size]
-        generators = sample_generators("generate", seed, places=range(start, start + len(chosen)))
-        condition = conditions.condition(chosen, pipeline.device)
+        heartbeat()
+        chosen = numbers[start : start + batch_size]
+        if len(chosen) == 0:
+            continue
+        generators = sample_generators("generate", seed, places=chosen.tolist())
+        condition = conditions.condition(chosen % len(conditions), pipeline.device)
         output = pipeline(condition=condition, generator=generators, output_type="pt", **settings)
         images.append(output.images.cpu())
         evaluations += output.nfe * len(chosen)
-    return torch.cat(images), labels, evaluations / num_images
+    return torch.cat(images), numbers % len(conditions), evaluations / len(numbers)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """What was computed of the images of each process (N_p, ...), of all of them (N, ...) and in their order."""
+    num_processes = PartialState().num_processes
+    if num_processes == 1:
+        return rows
+    parts = gather_object([rows])
+    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    for process, part in enumerate(parts):
+        whole[process::num_processes] = part
+    return whole
 
 
 class Reference:
@@ -78,7 +101,7 @@ class Reference:
         generated = self.features(images)
         _, kernel_name = self.features.distance_names
         return {
-            **self._quick(generated, labels),
+            **self.judge(generated, labels),
             kernel_name: kernel_distance(self.neighbours, generated),
             **precision_recall(self.neighbours, generated),
         }
@@ -89,9 +112,10 @@ class Reference:
 
     def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """The Fréchet distance, and how true the images are to their conditions, alone."""
-        return self._quick(self.features(images), labels)
+        return self.judge(self.features(images), labels)
 
-    def _quick(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def judge(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """What `quick` measures, of features."""
         frechet_name, _ = self.features.distance_names
         distance = frechet_distance(self.gaussian, Gaussian.fit(generated))
         return {frechet_name: distance, **self.features.judge(generated, labels)}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import CLIPModel, CLIPProcessor
 
 from eval.classifier import ClassifierFeatures
 from eval.clip_score import ClipFeatures
-from eval.evaluate import Reference, generate
+from eval.evaluate import Reference, gather_rows, generate
 from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
 from teachers.condition import Conditions
@@ -24,8 +26,8 @@ NUM_IMAGES = 1000
 
 
 class SampleMonitor:
-    """Called with (pipeline, conditions, step): writes `samples/step-000100.png`, returns FD and class consistency, or
-    CLIP score.
+    """Called with (pipeline, conditions, step, heartbeat) on every process: writes `samples/step-000100.png`, returns
+    FD and class consistency, or CLIP score. The processes share the images.
 
     Without data (`data.name` empty), and for prompts without a CLIP that scores, it only writes the samples.
     """
@@ -35,16 +37,29 @@ class SampleMonitor:
         self.data, self.scoring_clip = data, scoring_clip
         self._reference: Reference | None = None
 
-    def __call__(self, pipeline: TokenPipeline, conditions: Conditions, step: int) -> dict[str, float]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
-        sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
+    def __call__(
+        self, pipeline: TokenPipeline, conditions: Conditions, step: int, heartbeat: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        state = PartialState()
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
+            sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
         if not self.data.name or (pipeline.takes_prompts and not self.scoring_clip):
             return {}
-        images, places, _ = generate(pipeline, NUM_IMAGES, conditions=conditions)
         if self._reference is None:
-            self._reference = self._make_reference(conditions)
-        return self._reference.quick(images, places)
+            with state.main_process_first():
+                self._reference = self._make_reference(conditions)
+        images, places, _ = generate(
+            pipeline,
+            NUM_IMAGES,
+            conditions=conditions,
+            process=state.process_index,
+            num_processes=state.num_processes,
+            heartbeat=heartbeat,
+        )
+        features = self._reference.features(images)
+        return self._reference.judge(gather_rows(features), gather_rows(places))
 
     def _make_reference(self, conditions: Conditions) -> Reference:
         if isinstance(conditions, PromptCache):
