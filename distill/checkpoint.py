@@ -68,10 +68,14 @@ def verify_checkpoint(checkpoint: Path) -> int:
     if not manifest_path.is_file():
         raise ValueError(f"{checkpoint} has no {MANIFEST}; it is not a whole checkpoint")
     try:
-        manifest = json.loads(manifest_path.read_text())
-        files, step = dict(manifest["files"]), int(manifest["step"])
-    except (ValueError, KeyError, TypeError) as error:
+        text = manifest_path.read_text()
+        manifest = json.loads(text)
+        step = int(manifest["step"])
+        files = {name: {key: entry[key] for key in ("size", "sha256")} for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest_path} is damaged: {error}") from None
+    if checkpoint.name != _folder(checkpoint.parent, step).name or text != _manifest(step, files):
+        raise ValueError(f"{manifest_path} is damaged: it is not the manifest of {checkpoint.name}")
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -140,7 +144,7 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
             _sync(path)
             files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = staging / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=2))
+    manifest.write_text(_manifest(step, files))
     for path in (manifest, *(folder for folder in staging.rglob("*") if folder.is_dir()), staging):
         _sync(path)
     final = _folder(directory, step)
@@ -148,6 +152,10 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
         shutil.rmtree(final)
     os.replace(staging, final)
     _sync(directory)
+
+
+def _manifest(step: int, files: dict[str, dict[str, int | str]]) -> str:
+    return json.dumps({"step": step, "files": files}, indent=2)
 
 
 def _sha256(path: Path) -> str:

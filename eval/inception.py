@@ -13,6 +13,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 
 WEIGHTS = "inception-2015-12-05.pt"
+SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 CACHE = Path.home() / ".cache" / "one-step-mdm"
 
 
@@ -50,6 +51,8 @@ class InceptionFeatures:
         weights = find_weights(path)
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != SHA256:  # it is TorchScript: to open it is to run it
+            raise ValueError(f"{weights} is refused: its SHA-256 is {digest}, that of the Inception weights {SHA256}")
         self.name = f"Inception (clean-fid, mode {mode}, images rounded to uint8; weights sha256 {digest})"
         self.device = device
         resize_inside = mode == "legacy_tensorflow"

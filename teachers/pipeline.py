@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import numpy as np
 import PIL.Image
@@ -33,6 +33,7 @@ Denoiser = ClassDenoiser | TextDenoiser
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+LIBRARIES = ("teachers", "students", "transformers")
 
 
 @dataclass
@@ -60,6 +61,29 @@ class TokenPipeline(DiffusionPipeline):
     tokenizer: ImageTokenizer
     text_encoder: CLIPTextModelWithProjection | None
     text_tokenizer: CLIPTokenizer | None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **settings) -> Self:
+        """The pipeline of a folder or hub id; settings are those of diffusers.
+
+        Raises ValueError where it asks for classes that are not a part's (diffusers would import whatever it names), or
+        holds weights that are not finite numbers. Weights are safetensors alone.
+        """
+        cls._check_components(cls.load_config(name))
+        pipeline = super().from_pretrained(name, **{"use_safetensors": True, **settings})
+        for key, parameter in pipeline.denoiser.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"the weights in {name} are not finite numbers: {key}")
+        return pipeline
+
+    @classmethod
+    def _check_components(cls, index: dict[str, Any]) -> None:
+        parts = {name: _part_names(hint) for name, hint in get_type_hints(cls.__init__).items()}
+        for name, entry in index.items():
+            if isinstance(entry, list | tuple) and any(entry) and not name.startswith("_"):
+                library, class_name = map(str, entry)
+                if class_name not in parts.get(name, ()) or library.split(".")[0] not in LIBRARIES:
+                    raise ValueError(f"model_index.json is refused: it names {library}.{class_name} as the {name}")
 
     @property
     def mask_token_id(self) -> int:
@@ -158,6 +182,14 @@ class TokenPipeline(DiffusionPipeline):
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
 
 
+def _part_names(hint: Any) -> set[str]:
+    """Names of the classes that a type hint admits."""
+    bases = get_args(hint) or (hint,)
+    return {base.__name__ for base in bases}.union(
+        *(_part_names(part) for base in bases for part in base.__subclasses__())
+    )
+
+
 def all_classes(pipeline: TokenPipeline) -> ClassLabels:
     """The classes that the pipeline knows, in order."""
     if pipeline.takes_prompts:
@@ -208,7 +240,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **settings) -> MaskedDiffusionPipeline:
+    def from_pretrained(cls, name: str | Path, **settings) -> Self:
         """The pipeline of a folder or hub id: our own, or one of aMUSEd, Meissonic or Monetico as it was published.
 
         Settings are those of diffusers, and for published ones those of `published_components`.

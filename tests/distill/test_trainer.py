@@ -1,6 +1,7 @@
 """The loop, run in this process by a student job on the tiny teacher."""
 
 import json
+import math
 
 import PIL.Image
 import pytest
@@ -13,7 +14,7 @@ from distill.config import load_config
 from distill.dimo import DiMO
 from distill.student_job import StudentJob, load_student, train_student
 from distill.teacher_job import TeacherJob, TokenBatches, train_teacher
-from distill.trainer import TrainingConfig
+from distill.training_config import TrainingConfig
 from teachers import MaskedDiffusionPipeline, PatchTokenizer
 from teachers.condition import ClassLabels
 
@@ -143,11 +144,10 @@ def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path)
 
     assert furthest(whole, parts) == 0
     assert whole_lines == parts_lines
-    for name in ("model.safetensors", "model_1.safetensors"):  # student and auxiliary
-        whole_file, parts_file = (
-            tmp_path / run_name / "checkpoints" / "step-000006" / name for run_name in ("whole", "parts")
-        )
-        assert whole_file.read_bytes() == parts_file.read_bytes()
+    folders = [tmp_path / name / "checkpoints" / "step-000006" for name in ("whole", "parts")]
+    files = [{path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in folders]
+    assert {"student.safetensors", "student.adam.safetensors", "auxiliary.safetensors"} <= files[0].keys()
+    assert files[0] == files[1]
 
 
 def test_a_run_cut_short_goes_on_as_if_it_had_not_been(run):
@@ -163,8 +163,9 @@ def test_a_run_cut_short_goes_on_as_if_it_had_not_been(run):
 
 def test_the_teacher_is_in_no_checkpoint(run, tmp_path):
     run("run")
-    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").glob("model*")}
-    assert names == {"model.safetensors", "model_1.safetensors"}
+    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").iterdir()}
+    networks = {f"{name}{kind}.safetensors" for name in ("student", "auxiliary") for kind in ("", ".adam")}
+    assert names == networks | {"averaged", "manifest.json", "trainer.json"}
 
 
 def test_nothing_is_overwritten_and_nothing_is_resumed_from_nowhere(run, tmp_path):
@@ -191,7 +192,7 @@ def test_a_batch_that_does_not_divide(run):
 def test_the_monitor_sees_the_averaged_student(run):
     seen = {}
 
-    def monitor(pipeline, conditions, step):
+    def monitor(pipeline, conditions, step, heartbeat):
         seen[step] = {key: value.clone() for key, value in pipeline.denoiser.state_dict().items()}
         return {"fd": 1.0}
 
@@ -213,6 +214,91 @@ def test_a_signal_stops_at_the_end_of_the_step(run, monkeypatch, tmp_path):
     monkeypatch.setattr(DiMO, "losses", signalled)
     _, _, step = run("run")
     assert step == 3
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_loses_nothing(run, tmp_path):
+    heartbeats = []
+
+    def monitor(pipeline, conditions, step, heartbeat):
+        for _ in range(100):
+            heartbeats.append(step)
+            if len(heartbeats) == 105:  # of the second evaluation
+                trainer_module.signal.raise_signal(trainer_module.signal.SIGUSR1)
+            heartbeat()
+        return {"fd": 1.0}
+
+    _, lines, step = run("run", "training.evaluate_every=3", monitor=monitor)
+    assert step == 3
+    assert heartbeats == [0] * 100 + [3] * 5
+    assert [line["step"] for line in lines if "fd" in line] == [0]
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_loaded(run, tmp_path):
+    values = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0, 5: 7.0, 6: 8.0}
+    settings = ["training.evaluate_every=1", "training.checkpoint_every=3", "training.keep_checkpoints=1"]
+    run("run", *settings, monitor=lambda pipeline, conditions, step, heartbeat: {"fd": values[step]})
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")} == {"step-000002", "step-000006"}
+    best, _, step = load_student(tmp_path / "run", best=True)
+    newest, _, _ = load_student(tmp_path / "run")
+    assert step == 2
+    assert furthest(best.denoiser.state_dict(), newest.denoiser.state_dict()) > 0
+
+
+def test_half_floats_skip_what_overflows_and_stay_near_full_precision(run, tmp_path):
+    _, full, _ = run("full")
+    _, half, _ = run("half", "training.mixed_precision=fp16", "training.num_steps=20")
+    losses = json.loads((tmp_path / "half" / "checkpoints" / "step-000020" / "trainer.json").read_text())
+    assert losses["loss_scale"]["value"] > 1
+    assert half[0]["token_entropy"] != full[0]["token_entropy"]
+    assert half[0]["token_entropy"] == pytest.approx(full[0]["token_entropy"], rel=0.02)
+    finite = [line for line in half if math.isfinite(line["student_grad_norm"])]
+    assert len(finite) >= 10
+
+
+def test_the_loss_scale_finds_its_size_without_ending_the_run(run, monkeypatch, caplog, teacher):
+    """Gradients are too large for any scale above 2 ** 6."""
+    clip = trainer_module.Trainer._clip_gradients
+
+    def overflowing(self, name):
+        norm = clip(self, name)
+        return norm * float("inf") if self.loss_scale.value > 2**6 else norm
+
+    monkeypatch.setattr(trainer_module.Trainer, "_clip_gradients", overflowing)
+    weights, _, _ = run("run", "training.mixed_precision=fp16", "training.num_steps=14", "training.warmup_steps=0")
+    assert "not finite" not in caplog.text
+    assert furthest(weights, teacher.denoiser.state_dict()) > 1e-4
+
+
+def collapsed(monkeypatch, metric, value, from_call):
+    losses, calls = DiMO.losses, []
+
+    def faulty(self, *arguments):
+        calls.append(None)
+        values, metrics = losses(self, *arguments)
+        if len(calls) >= from_call:
+            metrics[metric] = torch.tensor(value)
+        return values, metrics
+
+    monkeypatch.setattr(DiMO, "losses", faulty)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"), [("token_entropy", 1e-4), ("unique_tokens", 1e-3), ("auxiliary_cross_entropy", 5.0)]
+)
+def test_an_alarm_warns_once_it_lasts_and_stops_when_asked(run, monkeypatch, caplog, metric, value):
+    collapsed(monkeypatch, metric, value, from_call=2)
+    _, _, step = run("warned")
+    assert step == 6
+    assert [record.message[:6] for record in caplog.records if metric in record.message] == ["step 4"]
+    monkeypatch.undo()
+    collapsed(monkeypatch, metric, value, from_call=2)
+    _, _, step = run("stopped", "alarms.stop=true", "alarms.patience=2")
+    assert step == 3
+
+
+def test_a_healthy_run_sounds_no_alarm(run, caplog):
+    run("run")
+    assert not caplog.records
 
 
 def test_averaged_weights_warm_up():
