@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 import psutil
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 
@@ -33,12 +34,21 @@ def run_processes(function: Callable[[], object]) -> None:
     group = start_processes(_process, (function, num_processes, port), num_processes, join=False, start_method="fork")
     assert group is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; they decide when to leave
-    signal.signal(signal.SIGTERM, lambda number, frame: [process.terminate() for process in group.processes])
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: [os.kill(process.pid, number) for process in group.processes])
     try:
         while not group.join():
             pass
     except ProcessExitedException as failure:
         sys.exit(failure.exit_code)
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """Let CPU processes that were asked for FSDP2 have it: Accelerate turns FSDP on where there are GPUs alone."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
 def _process(rank: int, function: Callable[[], object], num_processes: int, port: int) -> None:

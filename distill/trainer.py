@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.alarms import Alarms
 from distill.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
+from distill.launch import shard_on_cpu
 from distill.loss_scale import LossScale
 from distill.state import adam_state, gather, restore
 from distill.training_config import TrainingConfig
@@ -70,10 +71,13 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(output),
     )
-    if accelerator.distributed_type.value == "DEEPSPEED":
+    shard_on_cpu(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP or FSDP2")
-    if accelerator.distributed_type.value == "FSDP" and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version is not supported; ask for the second (fsdp_version: 2)")
+    if config.mixed_precision == "fp16":
+        accelerator.native_amp = True  # on a CPU it would run in full precision without a word
     share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)
     if not share.is_integer():
         raise ValueError(

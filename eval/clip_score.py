@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from teachers.prompts import check_prompts, tokenize
+from teachers.prompts import clean_prompts, tokenize
 
 NUM_CAPTIONS = 32
 BATCH_SIZE = 256
@@ -53,8 +53,7 @@ class ClipFeatures:
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> tuple[torch.Tensor, int]:
         """Captions -> embeddings (N, P) of length one, and how many of the captions were cut."""
-        check_prompts(captions)
-        tokens, num_cut = tokenize(self.processor.tokenizer, captions)
+        tokens, num_cut = tokenize(self.processor.tokenizer, clean_prompts(captions))
         embeddings = []
         for part in tokens.to(self.model.device).split(BATCH_SIZE):
             text = self.model.text_model(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UVit2DModel
@@ -19,6 +19,8 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
 
     `settings` are those of the `UVit2DModel`; of its `vocab_size` tokens the last one is the mask.
     """
+
+    _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
 
     @register_to_config
     def __init__(self, token_grid: tuple[int, int], settings: dict[str, Any]):

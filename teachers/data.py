@@ -72,7 +72,11 @@ class ImageData(torch.utils.data.Dataset):
 
     def __getitems__(self, index: list[int]) -> list[tuple[torch.Tensor, int]]:
         # Many rows at once are read ten times as fast as one by one.
-        rows = self.rows[[self._places[i] for i in index]]
+        places = [self._places[i] for i in index]
+        try:
+            rows = self.rows[places]
+        except (PIL.Image.DecompressionBombError, PIL.UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"one of the images {places[0]} to {places[-1]} cannot be read: {error}") from error
         return [(self._to_tensor(row), int(self.labels[i])) for row, i in zip(rows, index, strict=True)]
 
     @property

@@ -7,6 +7,7 @@ normalised over all heads together. Shapes: B batch, L tokens, D hidden size, V 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from teachers.condition import Condition
 
 class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
     """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
+
+    _no_split_modules: ClassVar = ["AdaptiveBlock"]  # what FSDP2 shards by itself
 
     @register_to_config
     def __init__(

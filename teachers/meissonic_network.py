@@ -7,6 +7,7 @@ L = h x w tokens, D hidden size, V codebook size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -38,6 +39,8 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
     released with a sampler that passes the number of steps left, and was distilled by the authors of Di[M]O with 0:
     it hardly listens, and 0 is what is kept here.
     """
+
+    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]  # what FSDP2 shards by itself
 
     @register_to_config
     def __init__(

@@ -7,6 +7,7 @@ embeddings and has a bias per position. Shapes: B batch, L tokens, D hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -19,6 +20,8 @@ from teachers.condition import Condition
 
 class MaskGITTransformer(ModelMixin, ConfigMixin):
     """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
+
+    _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
 
     @register_to_config
     def __init__(

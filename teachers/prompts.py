@@ -6,6 +6,7 @@ Shapes: N prompts, T text tokens, E text width, P pooled width.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from teachers.data import open_dataset
 
 logger = logging.getLogger(__name__)
 
+NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 AESTHETIC_SCORE = 6.0  # of the micro-conditions, as aMUSEd and Meissonic are sampled
 
 
@@ -46,15 +48,18 @@ def load_prompts(config: PromptConfig) -> list[str]:
         prompts = list(dataset[config.column])
     if not prompts:
         raise ValueError(f"there are no prompts in {config.name}")
-    check_prompts(prompts)
-    return prompts
+    return clean_prompts(prompts)
 
 
-def check_prompts(prompts: list[str]) -> None:
-    """A ValueError where one is not text."""
+def clean_prompts(prompts: list[str]) -> list[str]:
+    """The prompts with a space for what steers terminals and files and is no text; a ValueError where one is not text.
+
+    Control characters would be printed and written into model cards, and half of a surrogate pair cannot be encoded.
+    """
     for place, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {place} is {prompt!r}, a {type(prompt).__name__}; prompts are text")
+    return [NOT_TEXT.sub(" ", prompt) for prompt in prompts]
 
 
 @torch.no_grad()
@@ -63,8 +68,7 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The states (N, T, E) before the last layer and the projected pooled embedding (N, P), as aMUSEd and Meissonic
     take them. Prompts that are too long are cut, which is reported."""
-    check_prompts(prompts)
-    tokens, num_cut = tokenize(text_tokenizer, prompts)
+    tokens, num_cut = tokenize(text_tokenizer, clean_prompts(prompts))
     if num_cut:
         logger.warning(
             "%d of %d prompts are longer than %d tokens: what comes after is not seen",

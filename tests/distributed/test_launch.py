@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def launch(tmp_path, name, *overrides, num_processes=2):
+def launch(tmp_path, name, *overrides, num_processes=2, environment=None):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "scripts" / "train_student.py"), f"teacher={tmp_path / 'teacher'}"]
     command += [f"output={tmp_path / name}", "training.num_steps=8", "training.batch_size=8", "training.tracker=none"]
     command += ["training.log_every=1", "training.checkpoint_every=2", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -40,13 +40,8 @@ def finish(process):
 
 def state(tmp_path, name, step=8):
     checkpoint = tmp_path / name / "checkpoints" / f"step-{step:06d}"
-    files = ["model.safetensors", "model_1.safetensors", "averaged/diffusion_pytorch_model.safetensors"]
-    return [load_file(checkpoint / file) for file in files]
-
-
-def num_processes_of(tmp_path, name):
-    """Accelerate saves the random state of each process."""
-    return len(list((tmp_path / name / "checkpoints" / "step-000008").glob("random_states_*.pkl")))
+    files = ["student", "auxiliary", "student.adam", "averaged/diffusion_pytorch_model"]
+    return [load_file(checkpoint / f"{file}.safetensors") for file in files]
 
 
 def furthest(first, second):
@@ -58,9 +53,22 @@ def state_tensors(state):
     return [tensor for weights in state for _, tensor in sorted(weights.items())]
 
 
-def steps(tmp_path, name):
+def metrics(tmp_path, name):
     path = tmp_path / name / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps(tmp_path, name):
+    return [line["step"] for line in metrics(tmp_path, name)]
+
+
+def furthest_metric(first, second):
+    """The largest relative difference of any metric at any step."""
+    return max(
+        abs(one[key] - other[key]) / max(abs(one[key]), 1e-3)
+        for one, other in zip(first, second, strict=True)
+        for key in one
+    )
 
 
 @pytest.fixture
@@ -68,30 +76,76 @@ def saved_teacher(teacher, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
 
 
-@pytest.mark.usefixtures("saved_teacher")
-def test_two_processes_equal_one_and_a_killed_run_resumes_bitwise(tmp_path):
-    one, two = launch(tmp_path, "one", num_processes=1), launch(tmp_path, "two")
-    assert finish(one)[0] == finish(two)[0] == 0
-    assert num_processes_of(tmp_path, "one") == 1
-    assert num_processes_of(tmp_path, "two") == 2
-    assert furthest(state(tmp_path, "one"), state(tmp_path, "two")) < 1e-5
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+GOLDEN = Path(__file__).parent / "golden_trajectory.json"
 
+
+@pytest.mark.usefixtures("saved_teacher")
+def test_every_way_of_sharing_the_work_gives_the_same_run(tmp_path):
+    """1 process x 8 == 2 x 4 == 1 x 2 parts of 4, under DDP and FSDP2; and the run that was recorded.
+
+    `pytest -k every_way -s` prints how far they are apart.
+    """
+    monitored = ["monitor.name=digits", "training.evaluate_every=8", "initial.embedding_noise=0.1"]
+    launches = {
+        "one": launch(tmp_path, "one", *monitored, num_processes=1),
+        "two": launch(tmp_path, "two", *monitored),
+        "parts": launch(tmp_path, "parts", *monitored, "training.gradient_accumulation_steps=2", num_processes=1),
+        "sharded": launch(tmp_path, "sharded", *monitored, environment=FSDP2),
+    }
+    for name, process in launches.items():
+        status, errors = finish(process)
+        assert status == 0, (name, errors)
+    one = metrics(tmp_path, "one")
+    assert max(line["divergence"] for line in one if "divergence" in line) > 1e-4
+    for name in ("two", "parts", "sharded"):
+        weights, lines = furthest(state(tmp_path, "one"), state(tmp_path, name)), metrics(tmp_path, name)
+        print(f"\none process and {name}: weights {weights:.1e}, metrics {furthest_metric(one, lines):.1e} apart")
+        assert weights < 2e-5
+        assert furthest_metric(one, lines) < 1e-2
+    golden = json.loads(GOLDEN.read_text())
+    assert furthest_metric(golden, one) < 2e-2
+
+
+@pytest.mark.usefixtures("saved_teacher")
+def test_a_run_goes_on_with_other_processes(tmp_path):
+    """Four steps on two processes that shard, then four on one: as eight on one."""
+    whole = launch(tmp_path, "whole", num_processes=1)
+    assert finish(launch(tmp_path, "moved", "training.max_steps=4", environment=FSDP2))[0] == 0
+    status, errors = finish(launch(tmp_path, "moved", "training.resume=true", num_processes=1))
+    assert status == 0, errors
+    assert finish(whole)[0] == 0
+    assert steps(tmp_path, "moved") == list(range(1, 9))
+    assert furthest(state(tmp_path, "whole"), state(tmp_path, "moved")) < 2e-5
+
+
+@pytest.mark.usefixtures("saved_teacher")
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_a_killed_run_resumes_bitwise(tmp_path, environment):
+    whole = launch(tmp_path, "whole", environment=environment)
+    killed = launch(tmp_path, "killed", environment=environment)
     # Kill the run without warning once its second checkpoint is there, then go on.
-    killed = launch(tmp_path, "killed", "training.log_every=1")
     wait_for(killed, lambda: list((tmp_path / "killed" / "checkpoints").glob("step-00000[4-6]")))
     os.killpg(killed.pid, signal.SIGKILL)
     finish(killed)
-    status, errors = finish(launch(tmp_path, "killed", "training.resume=true"))
+    assert finish(whole)[0] == 0
+    status, errors = finish(launch(tmp_path, "killed", "training.resume=true", environment=environment))
     assert status == 0, errors
     assert steps(tmp_path, "killed") == list(range(1, 9))
-    assert all(map(torch.equal, *map(state_tensors, (state(tmp_path, "two"), state(tmp_path, "killed")))))
+    assert all(map(torch.equal, *map(state_tensors, (state(tmp_path, "whole"), state(tmp_path, "killed")))))
 
 
 @pytest.mark.usefixtures("saved_teacher")
-def test_a_signal_saves_and_ends_the_run_on_all_processes(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_on_all_processes(tmp_path, number):
     process = launch(tmp_path, "run", "training.num_steps=100000", "training.checkpoint_every=100000")
     wait_for(process, lambda: len(steps(tmp_path, "run")) >= 3)
-    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a scheduler does
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does
     finish(process)
     checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(checkpoints) == 1
