@@ -144,7 +144,7 @@ class Trainer:
         self._stop_requested = False
 
         self._averaged_name = averaged
-        self._averaged_network = copy.deepcopy(networks[averaged]).to(accelerator.device).eval().requires_grad_(False)
+        self._averaged_network = copy.deepcopy(networks[averaged]).cpu().eval().requires_grad_(False)
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers = {}
@@ -222,7 +222,7 @@ class Trainer:
         return self.step == config.num_steps
 
     def averaged_network(self) -> ModelMixin:
-        """A copy of the averaged network with the averaged weights; all processes call it."""
+        """A copy of the averaged network with the averaged weights, on the CPU; all processes call it."""
         whole = gather(self._averages(), keep=True)
         restore(dict(self._averaged_network.named_parameters()), whole)
         return self._averaged_network
@@ -315,6 +315,8 @@ class Trainer:
         except Stopped:
             logger.warning("the evaluation of step %d was left, to stop", self.step)
             return None
+        finally:
+            self._averaged_network.cpu()
         if measures:
             self._write(measures)
         value, best = measures.get(self.config.keep_best), best_checkpoint(self.checkpoints)
