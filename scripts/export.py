@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument("--measurements", type=Path, help="JSON list of rows for the model card's table")
     parser.add_argument("--prompts", nargs="+", help="for the picture of a student of text; default: the first it saw")
     parser.add_argument("--protocol", default="", help="a sentence on how they were measured, for the model card")
+    parser.add_argument("--best", action="store_true", help="the checkpoint that measured best, not the newest")
     run(lambda: export(parser.parse_args()))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    pipeline, job, step = load_student(arguments.run)
+    pipeline, job, step = load_student(arguments.run, arguments.best)
     pipeline.register_to_config(temperature=arguments.temperature)
     measurements = json.loads(arguments.measurements.read_text()) if arguments.measurements else []
     metadata = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -33,7 +34,6 @@ Denoiser = ClassDenoiser | TextDenoiser
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
-LIBRARIES = ("teachers", "students", "transformers")
 
 
 @dataclass
@@ -66,8 +66,8 @@ class TokenPipeline(DiffusionPipeline):
     def from_pretrained(cls, name: str | Path, **settings) -> Self:
         """The pipeline of a folder or hub id; settings are those of diffusers.
 
-        Raises ValueError where it asks for classes that are not a part's (diffusers would import whatever it names), or
-        holds weights that are not finite numbers. Weights are safetensors alone.
+        Raises ValueError where it asks for classes that are no part of one or have not been imported, or holds weights
+        that are not finite numbers. Weights are safetensors alone.
         """
         cls._check_components(cls.load_config(name))
         pipeline = super().from_pretrained(name, **{"use_safetensors": True, **settings})
@@ -78,12 +78,17 @@ class TokenPipeline(DiffusionPipeline):
 
     @classmethod
     def _check_components(cls, index: dict[str, Any]) -> None:
-        parts = {name: _part_names(hint) for name, hint in get_type_hints(cls.__init__).items()}
+        hints = get_type_hints(cls.__init__)
         for name, entry in index.items():
-            if isinstance(entry, list | tuple) and any(entry) and not name.startswith("_"):
-                library, class_name = map(str, entry)
-                if class_name not in parts.get(name, ()) or library.split(".")[0] not in LIBRARIES:
-                    raise ValueError(f"model_index.json is refused: it names {library}.{class_name} as the {name}")
+            if name.startswith("_") or not isinstance(entry, list | tuple) or not any(entry):
+                continue
+            library, class_name = map(str, entry)
+            part = getattr(sys.modules.get(library), class_name, None)  # diffusers would import the library
+            if not isinstance(part, type) or not _is_part(part, hints.get(name)):
+                raise ValueError(
+                    f"model_index.json is refused: it names {library}.{class_name} as the {name}. A network of your own "
+                    "has to be imported first, and needs the interface that docs/guide.md says"
+                )
 
     @property
     def mask_token_id(self) -> int:
@@ -182,12 +187,11 @@ class TokenPipeline(DiffusionPipeline):
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
 
 
-def _part_names(hint: Any) -> set[str]:
-    """Names of the classes that a type hint admits."""
-    bases = get_args(hint) or (hint,)
-    return {base.__name__ for base in bases}.union(
-        *(_part_names(part) for base in bases for part in base.__subclasses__())
-    )
+def _is_part(part: type, hint: Any) -> bool:
+    """Whether a class is what a type hint admits; as denoiser, any network with the interface of one."""
+    if hint == Denoiser:
+        return issubclass(part, ModelMixin) and hasattr(part, "embedding_parameters")
+    return issubclass(part, get_args(hint) or (hint or ()))
 
 
 def all_classes(pipeline: TokenPipeline) -> ClassLabels:
