@@ -216,6 +216,22 @@ def test_a_signal_stops_at_the_end_of_the_step(run, monkeypatch, tmp_path):
     assert step == 3
 
 
+def test_a_second_interrupt_stops_at_once(run, monkeypatch, tmp_path):
+    losses, calls = DiMO.losses, []
+
+    def impatient(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            for _ in range(2):
+                trainer_module.signal.raise_signal(trainer_module.signal.SIGINT)
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(DiMO, "losses", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run("run", "training.checkpoint_every=2")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
 def test_a_signal_in_an_evaluation_stops_it_and_loses_nothing(run, tmp_path):
     heartbeats = []
 

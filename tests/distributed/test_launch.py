@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_student.py"
 
 
-def launch(tmp_path, name, *overrides, num_processes=2, environment=None):
+def launch(tmp_path, name, *overrides, num_processes=2, environment=None, script=SCRIPT):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "scripts" / "train_student.py"), f"teacher={tmp_path / 'teacher'}"]
+    command += [str(script), f"teacher={tmp_path / 'teacher'}"]
     command += [f"output={tmp_path / name}", "training.num_steps=8", "training.batch_size=8", "training.tracker=none"]
     command += ["training.log_every=1", "training.checkpoint_every=2", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
@@ -150,6 +151,29 @@ def test_a_signal_saves_and_ends_the_run_on_all_processes(tmp_path, number):
     checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(checkpoints) == 1
     assert int(checkpoints[0].name.removeprefix("step-")) >= 3
+
+
+@pytest.mark.usefixtures("saved_teacher")
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_a_fault_on_one_process_keeps_all_from_the_step(tmp_path, environment):
+    """Where the second process alone has no finite loss neither takes the step; after three in a row both end."""
+    faulty = environment | {"RANK_AT_FAULT": "1", "PYTHONPATH": str(ROOT)}
+    script = ROOT / "tests" / "distributed" / "faulty.py"
+
+    def start(name, steps, *overrides):
+        fault = faulty | {"FAULTY_STEPS": json.dumps(steps)}
+        return launch(tmp_path, name, *overrides, environment=fault, script=script)
+
+    runs = start("skips", [2, 5]), start("ends", [2, 3, 4], "training.max_nonfinite_steps=3")
+    status, errors = finish(runs[0])
+    assert status == 0, errors
+    assert errors.count("is not finite; skipped") == 2
+    assert all(tensor.isfinite().all() for tensor in state_tensors(state(tmp_path, "skips")))
+    updates = {tensor.item() for key, tensor in state(tmp_path, "skips")[2].items() if key.endswith(".step")}
+    assert updates == {6}
+    status, errors = finish(runs[1])
+    assert status != 0
+    assert "3 updates in a row had no finite loss" in errors
 
 
 @pytest.mark.usefixtures("saved_teacher")
