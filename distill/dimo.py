@@ -122,7 +122,7 @@ class DiMO:
                 soft_targets=soft_targets,
                 soft_weight=config.auxiliary_soft_weight,
             )
-            metrics["auxiliary_cross_entropy"] = losses["auxiliary"].detach() * mask.numel() / mask.sum()
+            metrics["auxiliary_cross_entropy"] = torch.stack([losses["auxiliary"] * mask.numel(), mask.sum()])
 
         return losses, metrics
 
@@ -158,14 +158,14 @@ def student_metrics(
 
     `divergence` (nats per masked token) is between teacher and auxiliary; `teacher_agreement` is the teacher's mean
     probability of the student's tokens where they are masked; `token_entropy` (nats per token) is the student's, and
-    `unique_tokens` the share of the codebook in the batch: a fall of them to zero is collapse.
+    `unique_tokens` the share of the codebook in these samples: a fall of them to zero is collapse.
     """
     divergence = jeffreys_divergence(teacher_logits, auxiliary_logits, beta)
     agreement = teacher_logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
     log_probabilities = logits.float().log_softmax(-1)
     return {
-        "divergence": divergence[mask].mean(),
-        "teacher_agreement": agreement[mask].mean(),
+        "divergence": torch.stack([(divergence * mask).sum(), mask.sum()]),
+        "teacher_agreement": torch.stack([(agreement * mask).sum(), mask.sum()]),
         "token_entropy": -(log_probabilities.exp() * log_probabilities).sum(-1).mean(),
         "unique_tokens": logits.new_zeros(logits.shape[-1]).float().index_fill_(0, tokens.flatten(), 1).mean(),
     }

@@ -59,7 +59,9 @@ class Method(Protocol):
         update: tuple[str, ...],
         batch: Any,
         generator: list[torch.Generator],
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: ...
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The loss of each network named in `update`, and metrics: means, or (2,) the sum and the number of values."""
+        ...
 
 
 def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
@@ -84,6 +86,10 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
             f"training.batch_size={config.batch_size} does not divide over {accelerator.num_processes} processes "
             f"and {config.gradient_accumulation_steps} accumulation steps"
         )
+    shared = "" if accelerator.num_processes == 1 else ", FSDP2" if accelerator.is_fsdp2 else ", DDP"
+    accelerator.print(
+        f"{accelerator.num_processes} x {accelerator.device.type}{shared}, mixed precision: {config.mixed_precision}"
+    )
     return accelerator
 
 
@@ -166,7 +172,9 @@ class Trainer:
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.num_steps,
             )
-        self.ema = EMAModel(self._unwrapped(averaged).parameters(), decay=config.ema_decay, foreach=True)
+        parameters = list(self._unwrapped(averaged).parameters())
+        whole = not any(isinstance(parameter, DTensor) for parameter in parameters)  # torch has no foreach for shards
+        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=whole)
         if config.resume:
             self._load()
         if accelerator.is_main_process:
@@ -251,10 +259,10 @@ class Trainer:
             finite = finite * loss.detach().isfinite()
             all_metrics.append(metrics)
 
-        metrics = {key: torch.stack([part[key] for part in all_metrics]).mean() for key in all_metrics[0]}
+        metrics = {key: sum(_sum_and_number(part[key]) for part in all_metrics) for key in all_metrics[0]}
         for name in update:
             norm = self._clip_gradients(name)
-            metrics[f"{name}_grad_norm"] = norm
+            metrics[f"{name}_grad_norm"] = _sum_and_number(norm)
             finite = finite * norm.isfinite()
 
         # All processes have to agree before any of them lets its optimizer see the gradients.
@@ -292,9 +300,8 @@ class Trainer:
     def _log(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         """Average the metrics over processes and write them down."""
         accelerator = self.accelerator
-        stacked = torch.stack([value.detach().float() for value in metrics.values()])
-        means = accelerator.gather(stacked[None]).mean(0).tolist()
-        values = dict(zip(metrics, means, strict=True))
+        sums, numbers = accelerator.gather(torch.stack(list(metrics.values()))[None]).sum(0).unbind(-1)
+        values = dict(zip(metrics, (sums / numbers).tolist(), strict=True))
         values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
         self._write(values)
         messages = self.alarms(values) if self.alarms is not None else []
@@ -415,3 +422,8 @@ class Trainer:
             self.accelerator.set_trigger()
         self._stop_requested = self.accelerator.check_trigger()
         return self._stop_requested
+
+
+def _sum_and_number(metric: torch.Tensor) -> torch.Tensor:
+    metric = metric.detach().float()
+    return metric if metric.ndim else torch.stack([metric, torch.ones_like(metric)])

@@ -68,7 +68,7 @@ class MaskedDiffusionObjective:
         loss = masked_cross_entropy(logits, tokens, mask, label_smoothing=self.label_smoothing)
 
         metrics = {
-            "cross_entropy": loss.detach() * mask.numel() / mask.sum(),
-            "accuracy": (logits.argmax(-1) == tokens)[mask].float().mean(),
+            "cross_entropy": torch.stack([loss.detach() * mask.numel(), mask.sum()]),
+            "accuracy": torch.stack([((logits.argmax(-1) == tokens) & mask).sum(), mask.sum()]),
         }
         return {"denoiser": loss}, metrics

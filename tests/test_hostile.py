@@ -1,5 +1,6 @@
 """What a file or a prompt of somebody else's may try; nothing in it is ever run."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -163,7 +164,9 @@ def small_image():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("image", [png_of(40_000, 40_000), small_image()[:60], b"no image"], ids=["bomb", "torn", "text"])
+@pytest.mark.parametrize(
+    "image", [png_of(40_000, 40_000), small_image()[:60], b"no image"], ids=["bomb", "torn", "text"]
+)
 def test_an_image_that_cannot_be_taken_is_named(tmp_path, image):
     rows = {"image": [{"bytes": small_image(), "path": None}, {"bytes": image, "path": None}], "label": [0, 1]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
@@ -178,7 +181,9 @@ HOSTILE_PROMPT = "a car\x1b]0;title\x07\x1b[31m \x00\ud800 on fire\r\nEOF"
 def test_control_characters_of_prompts_are_spaces(tmp_path):
     (prompt,) = clean_prompts([HOSTILE_PROMPT])
     assert prompt == "a car ]0;title [31m   on fire EOF"
-    assert clean_prompts(["family \U0001f468\u200d\U0001f469, caf\u00e9"]) == ["family \U0001f468\u200d\U0001f469, caf\u00e9"]
+    assert clean_prompts(["family \U0001f468\u200d\U0001f469, caf\u00e9"]) == [
+        "family \U0001f468\u200d\U0001f469, caf\u00e9"
+    ]
     datasets.Dataset.from_dict({"text": ["a\x1b[2Jb"]}).to_parquet(tmp_path / "prompts.parquet")
     assert load_prompts(PromptConfig(str(tmp_path / "prompts.parquet"))) == ["a [2Jb"]
 
@@ -197,7 +202,15 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=6,
 )
-KEYS = ["teacher", "training", "training.num_steps", "training.batch_size", "method", "method.beta", "initial.mask_ratio"]
+KEYS = [
+    "teacher",
+    "training",
+    "training.num_steps",
+    "training.batch_size",
+    "method",
+    "method.beta",
+    "initial.mask_ratio",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -212,14 +225,14 @@ def test_any_override_is_taken_or_is_a_value_error(key, value):
 
 
 @settings(max_examples=300, deadline=None)
-@given(content=st.binary(max_size=400) | st.dictionaries(words, values, max_size=4).map(lambda x: json.dumps(x).encode()))
+@given(
+    content=st.binary(max_size=400) | st.dictionaries(words, values, max_size=4).map(lambda x: json.dumps(x).encode())
+)
 def test_any_configuration_file_is_taken_or_is_a_value_error(content, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "job.yaml"
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(ValueError):
         assert isinstance(load_config(StudentJob, path), StudentJob)
-    except ValueError:
-        pass
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,4 +1,4 @@
-"""scripts/train_student.py with a fault: `RANK_AT_FAULT` has a loss that is not a number at the steps `FAULTY_STEPS`."""
+"""scripts/train_student.py with a fault: the loss of `RANK_AT_FAULT` is not a number at the steps `FAULTY_STEPS`."""
 
 import json
 import os

@@ -22,21 +22,23 @@ def launch(tmp_path, name, *overrides, num_processes=2, environment=None, script
     command += [str(script), f"teacher={tmp_path / 'teacher'}"]
     command += [f"output={tmp_path / name}", "training.num_steps=8", "training.batch_size=8", "training.tracker=none"]
     command += ["training.log_every=1", "training.checkpoint_every=2", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for(process, condition):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
 def state(tmp_path, name, step=8):
@@ -64,11 +66,12 @@ def steps(tmp_path, name):
 
 
 def furthest_metric(first, second):
-    """The largest relative difference of any metric at any step."""
+    """The largest relative difference of any metric at any step, but of that which each process has of its own."""
     return max(
         abs(one[key] - other[key]) / max(abs(one[key]), 1e-3)
         for one, other in zip(first, second, strict=True)
         for key in one
+        if key != "unique_tokens"
     )
 
 
@@ -92,7 +95,8 @@ def test_every_way_of_sharing_the_work_gives_the_same_run(tmp_path):
 
     `pytest -k every_way -s` prints how far they are apart.
     """
-    monitored = ["monitor.name=digits", "training.evaluate_every=8", "initial.embedding_noise=0.1"]
+    monitored = ["monitor.name=digits", "training.evaluate_every=8", "training.warmup_steps=0"]
+    monitored += ["initial.embedding_noise=0.1"]
     launches = {
         "one": launch(tmp_path, "one", *monitored, num_processes=1),
         "two": launch(tmp_path, "two", *monitored),
@@ -100,17 +104,19 @@ def test_every_way_of_sharing_the_work_gives_the_same_run(tmp_path):
         "sharded": launch(tmp_path, "sharded", *monitored, environment=FSDP2),
     }
     for name, process in launches.items():
-        status, errors = finish(process)
-        assert status == 0, (name, errors)
+        status, output = finish(process)
+        assert status == 0, (name, output)
+        assert ("FSDP2" in output, "DDP" in output) == (name == "sharded", name == "two")
     one = metrics(tmp_path, "one")
     assert max(line["divergence"] for line in one if "divergence" in line) > 1e-4
     for name in ("two", "parts", "sharded"):
         weights, lines = furthest(state(tmp_path, "one"), state(tmp_path, name)), metrics(tmp_path, name)
         print(f"\none process and {name}: weights {weights:.1e}, metrics {furthest_metric(one, lines):.1e} apart")
         assert weights < 2e-5
-        assert furthest_metric(one, lines) < 1e-2
+        assert furthest_metric(one, lines) < 1e-4
     golden = json.loads(GOLDEN.read_text())
-    assert furthest_metric(golden, one) < 2e-2
+    print(f"from the recorded run: {furthest_metric(golden, one):.1e}")
+    assert furthest_metric(golden, one) < 1e-3  # other processors round otherwise
 
 
 @pytest.mark.usefixtures("saved_teacher")
@@ -118,8 +124,8 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     """Four steps on two processes that shard, then four on one: as eight on one."""
     whole = launch(tmp_path, "whole", num_processes=1)
     assert finish(launch(tmp_path, "moved", "training.max_steps=4", environment=FSDP2))[0] == 0
-    status, errors = finish(launch(tmp_path, "moved", "training.resume=true", num_processes=1))
-    assert status == 0, errors
+    status, output = finish(launch(tmp_path, "moved", "training.resume=true", num_processes=1))
+    assert status == 0, output
     assert finish(whole)[0] == 0
     assert steps(tmp_path, "moved") == list(range(1, 9))
     assert furthest(state(tmp_path, "whole"), state(tmp_path, "moved")) < 2e-5
@@ -135,8 +141,8 @@ def test_a_killed_run_resumes_bitwise(tmp_path, environment):
     os.killpg(killed.pid, signal.SIGKILL)
     finish(killed)
     assert finish(whole)[0] == 0
-    status, errors = finish(launch(tmp_path, "killed", "training.resume=true", environment=environment))
-    assert status == 0, errors
+    status, output = finish(launch(tmp_path, "killed", "training.resume=true", environment=environment))
+    assert status == 0, output
     assert steps(tmp_path, "killed") == list(range(1, 9))
     assert all(map(torch.equal, *map(state_tensors, (state(tmp_path, "whole"), state(tmp_path, "killed")))))
 
@@ -157,7 +163,7 @@ def test_a_signal_saves_and_ends_the_run_on_all_processes(tmp_path, number):
 @pytest.mark.parametrize("environment", [{}, FSDP2], ids=["DDP", "FSDP2"])
 def test_a_fault_on_one_process_keeps_all_from_the_step(tmp_path, environment):
     """Where the second process alone has no finite loss neither takes the step; after three in a row both end."""
-    faulty = environment | {"RANK_AT_FAULT": "1", "PYTHONPATH": str(ROOT)}
+    faulty = environment | {"RANK_AT_FAULT": "1"}
     script = ROOT / "tests" / "distributed" / "faulty.py"
 
     def start(name, steps, *overrides):
@@ -165,22 +171,22 @@ def test_a_fault_on_one_process_keeps_all_from_the_step(tmp_path, environment):
         return launch(tmp_path, name, *overrides, environment=fault, script=script)
 
     runs = start("skips", [2, 5]), start("ends", [2, 3, 4], "training.max_nonfinite_steps=3")
-    status, errors = finish(runs[0])
-    assert status == 0, errors
-    assert errors.count("is not finite; skipped") == 2
+    status, output = finish(runs[0])
+    assert status == 0, output
+    assert output.count("is not finite; skipped") == 2
     assert all(tensor.isfinite().all() for tensor in state_tensors(state(tmp_path, "skips")))
     updates = {tensor.item() for key, tensor in state(tmp_path, "skips")[2].items() if key.endswith(".step")}
     assert updates == {6}
-    status, errors = finish(runs[1])
+    status, output = finish(runs[1])
     assert status != 0
-    assert "3 updates in a row had no finite loss" in errors
+    assert "3 updates in a row had no finite loss" in output
 
 
 @pytest.mark.usefixtures("saved_teacher")
 def test_a_mistake_is_one_line_and_loses_nothing(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
-    status, errors = finish(launch(tmp_path, "run"))
+    status, output = finish(launch(tmp_path, "run"))
     assert status != 0
-    assert errors.count("error: the output folder") == 1
+    assert output.count("error: the output folder") == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
