@@ -26,7 +26,7 @@ BEST = "best.json"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, directory: Path, step: int, keep: int, contents: Iterable[Callable[[Path], None]]
+    accelerator: Accelerator, directory: Path, step: int, keep: int, contents: Iterable[Callable[[Path], object]]
 ) -> bool:
     """Save a checkpoint, then remove all but the newest `keep` and the best. All processes call it.
 
@@ -123,7 +123,7 @@ def _folder(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 
 
-def _attempt(work: Callable[[], None]) -> Exception | None:
+def _attempt(work: Callable[[], object]) -> Exception | None:
     try:
         work()
     except (OSError, SafetensorError) as error:
@@ -138,7 +138,7 @@ def _make_empty(directory: Path, staging: Path) -> None:
 
 
 def _put_in_place(staging: Path, directory: Path, step: int) -> None:
-    files = {}
+    files: dict[str, dict[str, int | str]] = {}
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             _sync(path)

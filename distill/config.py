@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,12 @@ def load_config(
             merged = OmegaConf.merge(merged, given)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
-    config = OmegaConf.to_object(merged)
+        except TypeError as error:  # a mapping for a list
+            raise ValueError(f"{source}: {given}: {error}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
     assert isinstance(config, config_class)
     return config
 
@@ -85,10 +91,13 @@ def _read_yaml(path: Path | str | None) -> dict[Any, Any]:
 
 def _read_overrides(overrides: typing.Sequence[str]) -> dict[Any, Any]:
     for override in overrides:
-        if "=" not in override:
+        if not re.match(r"\w[\w.]*=", override):
             raise ValueError(f"{override!r} is not of the form key=value")
     quoted = [override + "''" if override.endswith("=") else override for override in overrides]  # key= is empty text
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(quoted))
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist(quoted))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{' '.join(overrides)} are not settings of the form key=value: {error}") from None
     assert isinstance(given, dict)
     return given
 

@@ -11,7 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.process import BaseProcess
 
 import psutil
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
@@ -35,12 +37,18 @@ def run_processes(function: Callable[[], object]) -> None:
     assert group is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; they decide when to leave
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: [os.kill(process.pid, number) for process in group.processes])
+        signal.signal(number, partial(_pass_on, group.processes))
     try:
         while not group.join():
             pass
     except ProcessExitedException as failure:
         sys.exit(failure.exit_code)
+
+
+def _pass_on(processes: Iterable[BaseProcess], number: int, frame: object) -> None:
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, number)
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:

@@ -44,7 +44,7 @@ def restore(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) ->
 
 def adam_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's moments and step counts by "parameter.moment"; those of a step that is still to come are zero."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue

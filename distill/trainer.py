@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -259,7 +260,9 @@ class Trainer:
             finite = finite * loss.detach().isfinite()
             all_metrics.append(metrics)
 
-        metrics = {key: sum(_sum_and_number(part[key]) for part in all_metrics) for key in all_metrics[0]}
+        metrics = {
+            key: torch.stack([_sum_and_number(part[key]) for part in all_metrics]).sum(0) for key in all_metrics[0]
+        }
         for name in update:
             norm = self._clip_gradients(name)
             metrics[f"{name}_grad_norm"] = _sum_and_number(norm)
@@ -280,6 +283,7 @@ class Trainer:
         parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
         if self.loss_scale.value != 1:
             for parameter in parameters:
+                assert parameter.grad is not None
                 parameter.grad.div_(self.loss_scale.value)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -304,11 +308,10 @@ class Trainer:
         values = dict(zip(metrics, (sums / numbers).tolist(), strict=True))
         values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
         self._write(values)
-        messages = self.alarms(values) if self.alarms is not None else []
-        for message in messages:
-            logger.warning("step %d: %s", self.step, message)
-        if messages and self.alarms.config.stop:
-            self._stop_requested = True
+        if self.alarms is not None:
+            for message in self.alarms(values):
+                logger.warning("step %d: %s", self.step, message)
+                self._stop_requested |= self.alarms.config.stop
         return {
             key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key
         }
@@ -351,15 +354,15 @@ class Trainer:
             self.accelerator, self.checkpoints, self.step, self.config.keep_checkpoints, self._contents()
         )
 
-    def _contents(self) -> Iterator[Callable[[Path], None]]:
+    def _contents(self) -> Iterator[Callable[[Path], object]]:
         """What a checkpoint holds, part by part: all processes gather, and the main one may write."""
         keep = self.accelerator.is_main_process
         for name in self.networks:
             network = self._unwrapped(name)
             weights = gather(network.state_dict(), keep)
-            yield lambda folder, name=name, tensors=weights: save_file(tensors, folder / f"{name}.safetensors")
+            yield partial(_save_tensors, weights, f"{name}.safetensors")
             moments = gather(adam_state(network, self.optimizers[name]), keep)
-            yield lambda folder, name=name, tensors=moments: save_file(tensors, folder / f"{name}.adam.safetensors")
+            yield partial(_save_tensors, moments, f"{name}.adam.safetensors")
         averaged = self.averaged_network()
         yield lambda folder: averaged.save_pretrained(folder / "averaged")
         counters = {
@@ -422,6 +425,10 @@ class Trainer:
             self.accelerator.set_trigger()
         self._stop_requested = self.accelerator.check_trigger()
         return self._stop_requested
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+    save_file(tensors, folder / name)
 
 
 def _sum_and_number(metric: torch.Tensor) -> torch.Tensor:

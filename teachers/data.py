@@ -75,7 +75,7 @@ class ImageData(torch.utils.data.Dataset):
         places = [self._places[i] for i in index]
         try:
             rows = self.rows[places]
-        except (PIL.Image.DecompressionBombError, PIL.UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"one of the images {places[0]} to {places[-1]} cannot be read: {error}") from error
         return [(self._to_tensor(row), int(self.labels[i])) for row, i in zip(rows, index, strict=True)]
 

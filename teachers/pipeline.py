@@ -86,8 +86,8 @@ class TokenPipeline(DiffusionPipeline):
             part = getattr(sys.modules.get(library), class_name, None)  # diffusers would import the library
             if not isinstance(part, type) or not _is_part(part, hints.get(name)):
                 raise ValueError(
-                    f"model_index.json is refused: it names {library}.{class_name} as the {name}. A network of your own "
-                    "has to be imported first, and needs the interface that docs/guide.md says"
+                    f"model_index.json is refused: it names {library}.{class_name} as the {name}. A network of your "
+                    "own has to be imported first, and needs the interface that docs/guide.md says"
                 )
 
     @property
