@@ -45,16 +45,27 @@ def run_processes(function: Callable[[], object]) -> None:
         sys.exit(failure.exit_code)
 
 
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
 def _pass_on(processes: Iterable[BaseProcess], number: int, frame: object) -> None:
     for process in processes:
         assert process.pid is not None
         os.kill(process.pid, number)
 
 
+def refuse_other_launches() -> None:
+    """A ValueError where `accelerate launch` was asked for what trains one model at a time."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP or FSDP2")
+    if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP's first version is not supported; ask for the second (fsdp_version: 2)")
+
+
 def shard_on_cpu(accelerator: Accelerator) -> None:
     """Let CPU processes that were asked for FSDP2 have it: Accelerate turns FSDP on where there are GPUs alone."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
@@ -73,7 +84,7 @@ def _process(rank: int, function: Callable[[], object], num_processes: int, port
 
 def _requested_cpu_processes() -> int:
     """What the launcher's command line asks for, where it started this process alone; else 1."""
-    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+    if "WORLD_SIZE" in os.environ or not _asked("ACCELERATE_USE_CPU"):
         return 1
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.alarms import Alarms
 from distill.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
-from distill.launch import shard_on_cpu
+from distill.launch import refuse_other_launches, shard_on_cpu
 from distill.loss_scale import LossScale
 from distill.state import adam_state, gather, restore
 from distill.training_config import TrainingConfig
@@ -69,16 +69,13 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     """The Accelerator of a run whose trackers write into `output`."""
     if config.tracker == "wandb" and find_spec("wandb") is None:
         raise ValueError("training.tracker=wandb needs the package: pip install 'one-step-mdm[wandb]', or wandb")
+    refuse_other_launches()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(output),
     )
     shard_on_cpu(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP or FSDP2")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP's first version is not supported; ask for the second (fsdp_version: 2)")
     if config.mixed_precision == "fp16":
         accelerator.native_amp = True  # on a CPU it would run in full precision without a word
     share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)

@@ -184,6 +184,18 @@ def test_a_missing_teacher(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"), ({"ACCELERATE_USE_FSDP": "true"}, "first version")],
+)
+def test_launches_of_one_model_at_a_time_are_refused(run, monkeypatch, tmp_path, environment, reason):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=reason):
+        run("refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_batch_that_does_not_divide(run):
     with pytest.raises(ValueError, match="does not divide"):
         run("run", "training.gradient_accumulation_steps=3")
