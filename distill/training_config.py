@@ -46,10 +46,9 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "log_every",
             "checkpoint_every",
+            "keep_checkpoints",
+            "max_nonfinite_steps",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_checkpoints", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
