@@ -76,7 +76,7 @@ def test_the_text_encoder_is_let_go_before_the_first_step(job):
     encoders = []
     original = MaskedDiffusionPipeline.from_pretrained.__func__
 
-    def monitor(pipeline, conditions, step):
+    def monitor(pipeline, conditions, step, heartbeat):
         gc.collect()
         alive.append(encoders[0]() is not None)
         return {}
@@ -142,7 +142,7 @@ job = load_config(student_job.StudentJob, overrides=[
 ])
 resident = []
 
-def measure(pipeline, conditions, step):
+def measure(pipeline, conditions, step, heartbeat):
     resident.append(psutil.Process().memory_info().rss)
     return {}
 
