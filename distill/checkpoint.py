@@ -169,3 +169,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def claim_output(output: Path, resume: bool) -> None:
+    """Make the output folder of a new run, or see that there is a run to resume; nothing is ever overwritten."""
+    if resume:
+        newest_checkpoint(output / "checkpoints")
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"the output folder {output} is not empty; name another one, remove it, or go on with training.resume=true"
+        )
+    else:
+        output.mkdir(parents=True, exist_ok=True)

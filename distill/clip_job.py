@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from distill.accelerator import make_accelerator
 from distill.batches import ShuffledRows
+from distill.checkpoint import claim_output
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, claim_output, make_accelerator, on_main_process
+from distill.trainer import Trainer, on_main_process
 from distill.training_config import TrainingConfig
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.prompts import tokenize
@@ -64,11 +66,15 @@ class ContrastiveObjective:
         update: tuple[str, ...],
         batch: tuple[torch.Tensor, torch.Tensor],
         generator: list[torch.Generator],
+        measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         images, tokens = batch
         output = networks["clip"](input_ids=tokens, pixel_values=images, return_loss=True)
-        found = output.logits_per_image.argmax(-1) == torch.arange(len(images), device=images.device)
-        return {"clip": output.loss}, {"loss": output.loss.detach(), "accuracy": found.float().mean()}
+        metrics = {}
+        if measured:
+            found = output.logits_per_image.argmax(-1) == torch.arange(len(images), device=images.device)
+            metrics = {"loss": output.loss, "accuracy": found.float().mean()}
+        return {"clip": output.loss}, metrics
 
 
 def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:

@@ -1,6 +1,6 @@
 """Di[M]O: distil a masked diffusion model into a one-step generator (arXiv 2503.15457).
 
-Shapes: B batch, L tokens, V codebook size.
+Shapes: B batch, L tokens, M masked tokens of the batch, V codebook size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from students.initialisation import TokenInitialiser
 from teachers.condition import Condition
 from teachers.corruption import MASK_SCHEDULES, corrupt, scheduled_mask_ratio
 from teachers.guidance import guide
-from teachers.objective import masked_cross_entropy
+from teachers.objective import masked_cross_entropy, sum_and_number
 from teachers.randomness import rand, sample_tokens
 
 AUXILIARY_SAMPLES = ("shared", "fresh")
@@ -85,8 +85,9 @@ class DiMO:
         update: tuple[str, ...],
         condition: Condition,
         generator: list[torch.Generator],
+        measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The loss of each network named in `update`, and metrics."""
+        """The loss of each network named in `update`, and metrics if this step is to be measured."""
         config, mask_token_id = self.config, self.initialiser.config.mask_token_id
         losses: dict[str, torch.Tensor] = {}
         metrics: dict[str, torch.Tensor] = {}
@@ -97,52 +98,64 @@ class DiMO:
         tokens = sample_tokens(  # x_0, on-policy
             logits.detach(), generator, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
         )
-        progress = rand(len(tokens), 1, generator=generator, device=tokens.device).squeeze(1)
+        progress = rand(len(tokens), 1, generator=generator).squeeze(1)
         mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress).clamp(*config.mask_ratio_range)
-        corrupted, mask = corrupt(tokens, mask_ratio, mask_token_id, generator)  # x_t
+        corrupted, places = corrupt(tokens, mask_ratio, mask_token_id, generator)  # x_t
         with torch.set_grad_enabled("auxiliary" in update):
-            auxiliary_logits = networks["auxiliary"](corrupted, condition)
+            auxiliary_logits = networks["auxiliary"](corrupted, condition, where=places)  # (M, V)
 
         if "student" in update:
             with torch.no_grad():
-                teacher_logits = guide(self.teacher, corrupted, condition, config.guidance_scale)
-                teacher_logits = teacher_logits / config.teacher_temperature
-            gradient = divergence_gradient(teacher_logits, auxiliary_logits, mask, config.beta)
-            weight = sample_weights(config.weighting, logits, teacher_logits, mask)
-            losses["student"] = with_gradient(logits, weight[:, None, None] * gradient)
-            metrics |= student_metrics(logits, teacher_logits, auxiliary_logits, tokens, mask, config.beta)
+                teacher_logits = guide(self.teacher, corrupted, condition, config.guidance_scale, where=places).float()
+                teacher_logits /= config.teacher_temperature
+            weight = sample_weights(config.weighting, logits, teacher_logits, places)
+            if measured:
+                metrics |= student_metrics(logits, teacher_logits, auxiliary_logits, tokens, places, config.beta)
+            # The teacher's logits are not needed after this; for their memory the gradient takes their place.
+            gradient = divergence_gradient(teacher_logits, auxiliary_logits, config.beta, out=teacher_logits)
+            gradient *= weight[:, None]
+            losses["student"] = with_gradient(logits, places, gradient)
 
         if "auxiliary" in update:
-            soft_targets = logits.detach().float().softmax(-1) if config.auxiliary_soft_weight > 0 else None
+            soft_targets = None
+            if config.auxiliary_soft_weight > 0:
+                soft_targets = logits.detach().flatten(0, 1)[places].float().softmax(-1)
+            del logits  # for their memory; the gradient is all that goes back through them
             losses["auxiliary"] = masked_cross_entropy(
                 auxiliary_logits,
-                tokens,
-                mask,
+                tokens.flatten()[places],
+                tokens.numel(),
                 label_smoothing=config.auxiliary_label_smoothing,
                 soft_targets=soft_targets,
                 soft_weight=config.auxiliary_soft_weight,
             )
-            metrics["auxiliary_cross_entropy"] = torch.stack([losses["auxiliary"] * mask.numel(), mask.sum()])
+            if measured:
+                total = losses["auxiliary"] * tokens.numel()
+                metrics["auxiliary_cross_entropy"] = sum_and_number(total, len(places))
 
         return losses, metrics
 
 
 @torch.no_grad()
 def sample_weights(
-    weighting: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, mask: torch.Tensor
+    weighting: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
-    """The factor (B,) on each sample's gradient, the mean over the batch included.
+    """The factor (M,) on the gradient at each masked place, the mean over the batch included.
 
-    "sum" is 1 / B, as in the authors' code. "paper" is w(t) / (L_M B): the mean over the L_M masked tokens with
-    w(t) = 1 / mean |p_student(x_0 | x_init) - p_teacher(x_0 | x_t)| over masked tokens and the codebook (appendix C).
+    Of the student's logits (B, L, V) and the teacher's (M, V): "sum" is 1 / B, as in the authors' code. "paper" is
+    w(t) / (L_M B): the mean over the L_M masked tokens of a sample with w(t) = 1 / mean |p_student(x_0 | x_init) -
+    p_teacher(x_0 | x_t)| over them and the codebook (appendix C).
     """
-    batch_size = len(mask)
+    batch_size, length, _ = student_logits.shape
     if weighting == "sum":
-        return torch.full((batch_size,), 1 / batch_size, device=mask.device)
-    num_masked = mask.sum(-1)
-    difference = (student_logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().mean(-1)
-    difference = (difference * mask).sum(-1) / num_masked
-    return 1 / (difference.clamp(min=1e-5) * num_masked * batch_size)
+        return torch.full((len(places),), 1 / batch_size, device=places.device)
+    sample = places // length
+    student = student_logits.flatten(0, 1)[places].float().softmax(-1)
+    difference = (student - teacher_logits.float().softmax(-1)).abs().mean(-1)
+    zeros = torch.zeros(batch_size, device=places.device)
+    num_masked = zeros.index_add(0, sample, torch.ones_like(difference))
+    mean = zeros.index_add(0, sample, difference) / num_masked
+    return (1 / (mean.clamp(min=1e-5) * num_masked * batch_size))[sample]
 
 
 @torch.no_grad()
@@ -151,7 +164,7 @@ def student_metrics(
     teacher_logits: torch.Tensor,
     auxiliary_logits: torch.Tensor,
     tokens: torch.Tensor,
-    mask: torch.Tensor,
+    places: torch.Tensor,
     beta: float,
 ) -> dict[str, torch.Tensor]:
     """What tells how distillation goes, since its losses do not.
@@ -161,11 +174,11 @@ def student_metrics(
     `unique_tokens` the share of the codebook in these samples: a fall of them to zero is collapse.
     """
     divergence = jeffreys_divergence(teacher_logits, auxiliary_logits, beta)
-    agreement = teacher_logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    agreement = teacher_logits.float().softmax(-1).gather(-1, tokens.flatten()[places][:, None])
     log_probabilities = logits.float().log_softmax(-1)
     return {
-        "divergence": torch.stack([(divergence * mask).sum(), mask.sum()]),
-        "teacher_agreement": torch.stack([(agreement * mask).sum(), mask.sum()]),
+        "divergence": sum_and_number(divergence.sum(), len(places)),
+        "teacher_agreement": sum_and_number(agreement.sum(), len(places)),
         "token_entropy": -(log_probabilities.exp() * log_probabilities).sum(-1).mean(),
         "unique_tokens": logits.new_zeros(logits.shape[-1]).float().index_fill_(0, tokens.flatten(), 1).mean(),
     }

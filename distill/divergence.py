@@ -1,9 +1,15 @@
 """The generalised Jeffreys divergence between token distributions, and its gradient.
 
-Eqs. 8 and 16 of Di[M]O (arXiv 2503.15457). Shapes: B batch, L tokens, V codebook size.
+Eqs. 8 and 16 of Di[M]O (arXiv 2503.15457). Shapes: B batch, L tokens, M masked tokens of the batch, V codebook size.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
+
+CHUNK = 2**18  # numbers worked on at a time: what is made of them stays in the caches of a CPU
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -11,7 +17,7 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def jeffreys_divergence(teacher_logits: torch.Tensor, auxiliary_logits: torch.Tensor, beta: float) -> torch.Tensor:
-    """(1 - b) KL(teacher || auxiliary) + b KL(auxiliary || teacher) per token (B, L), in nats.
+    """(1 - b) KL(teacher || auxiliary) + b KL(auxiliary || teacher) per token (...) of logits (..., V), in nats.
 
     b = 0 is the forward KL divergence, b = 1 the reverse; any real b will do.
     """
@@ -23,21 +29,45 @@ def jeffreys_divergence(teacher_logits: torch.Tensor, auxiliary_logits: torch.Te
 
 @torch.no_grad()
 def divergence_gradient(
-    teacher_logits: torch.Tensor, auxiliary_logits: torch.Tensor, mask: torch.Tensor, beta: float = 0.0
+    teacher_logits: torch.Tensor, auxiliary_logits: torch.Tensor, beta: float = 0.0, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The gradient (B, L, V) of the Jeffreys divergence with respect to the auxiliary's logits; zero off the mask.
+    """The gradient (M, V) of the Jeffreys divergence with respect to the auxiliary's logits (M, V).
 
-    (1 - b) (p_a - p_t) + b p_a (log p_a - log p_t - KL(a || t)), Eq. 16.
+    (1 - b) (p_a - p_t) + b p_a (log p_a - log p_t - KL(a || t)), Eq. 16, worked out in float32, some rows at a time,
+    and written to `out`, which may be the teacher's logits.
     """
-    log_t, log_a = _log_probabilities(teacher_logits), _log_probabilities(auxiliary_logits)
-    p_t, p_a = log_t.exp(), log_a.exp()
-    gradient = (1 - beta) * (p_a - p_t)
-    if beta != 0:
-        log_ratio = log_a - log_t
-        gradient = gradient + beta * p_a * (log_ratio - (p_a * log_ratio).sum(-1, keepdim=True))
-    return gradient * mask[..., None]
+    gradient = torch.empty_like(auxiliary_logits) if out is None else out
+    num_rows = max(1, CHUNK // gradient.shape[-1])
+    chunks = zip(*(part.split(num_rows) for part in (teacher_logits, auxiliary_logits, gradient)), strict=True)
+    for teacher, auxiliary, result in chunks:
+        log_t, log_a = _log_probabilities(teacher), _log_probabilities(auxiliary)
+        p_a = log_a.exp()
+        forward = p_a - log_t.exp()
+        if beta != 0:
+            log_ratio = log_a.sub_(log_t)
+            reverse = p_a.mul_(log_ratio - (p_a * log_ratio).sum(-1, keepdim=True))
+            forward.mul_(1 - beta).add_(reverse, alpha=beta)
+        result.copy_(forward)
+    return gradient
 
 
-def with_gradient(logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A scalar whose gradient with respect to the logits is `gradient`; its value means nothing."""
-    return (logits * gradient.detach()).sum()
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, places: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places, gradient)
+        ctx.like = logits.shape, logits.dtype
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        places, gradient = ctx.saved_tensors
+        shape, dtype = ctx.like
+        whole = torch.zeros(shape, dtype=dtype, device=gradient.device)
+        gradient.mul_(scale)  # in place, for a graph is gone through once; before float16 makes zeros of what is small
+        whole.flatten(0, 1)[places] = gradient.to(dtype)
+        return whole, None, None
+
+
+def with_gradient(logits: torch.Tensor, places: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A scalar, 0, whose gradient with respect to logits (B, L, V) is `gradient` (M, V) at places (M,), b L + l."""
+    return _WithGradient.apply(logits, places, gradient)

@@ -16,7 +16,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 
 import psutil
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 
@@ -45,7 +44,7 @@ def run_processes(function: Callable[[], object]) -> None:
         sys.exit(failure.exit_code)
 
 
-def _asked(variable: str) -> bool:
+def asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
@@ -53,21 +52,6 @@ def _pass_on(processes: Iterable[BaseProcess], number: int, frame: object) -> No
     for process in processes:
         assert process.pid is not None
         os.kill(process.pid, number)
-
-
-def refuse_other_launches() -> None:
-    """A ValueError where `accelerate launch` was asked for what trains one model at a time."""
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed trains one model per run, and distillation trains two; use DDP or FSDP2")
-    if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("FSDP's first version is not supported; ask for the second (fsdp_version: 2)")
-
-
-def shard_on_cpu(accelerator: Accelerator) -> None:
-    """Let CPU processes that were asked for FSDP2 have it: Accelerate turns FSDP on where there are GPUs alone."""
-    if _asked("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
 def _process(rank: int, function: Callable[[], object], num_processes: int, port: int) -> None:
@@ -84,7 +68,7 @@ def _process(rank: int, function: Callable[[], object], num_processes: int, port
 
 def _requested_cpu_processes() -> int:
     """What the launcher's command line asks for, where it started this process alone; else 1."""
-    if "WORLD_SIZE" in os.environ or not _asked("ACCELERATE_USE_CPU"):
+    if "WORLD_SIZE" in os.environ or not asked("ACCELERATE_USE_CPU"):
         return 1
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)

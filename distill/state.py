@@ -6,6 +6,8 @@ number of processes, or sharded in another way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,7 +27,7 @@ def gather(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def restore(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Copy whole tensors into tensors that may be sharded; all processes call it.
 
     Raises ValueError where names or shapes differ.
@@ -42,15 +44,23 @@ def restore(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) ->
         tensor.copy_(whole)
 
 
+def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that learn, by name, and the buffers; what is frozen is found where it came from."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
 def adam_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's moments and step counts by "parameter.moment"; those of a step that is still to come are zero."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained_parameters(network).items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)
             state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         tensors |= {f"{name}.{key}": state[key] for key in ("step", *MOMENTS)}
     return tensors

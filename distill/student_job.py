@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from distill.accelerator import make_accelerator
+from distill.adapters import merged, with_adapters
 from distill.alarms import AlarmConfig, Alarms
-from distill.checkpoint import best_checkpoint, newest_checkpoint, verify_checkpoint
+from distill.checkpoint import best_checkpoint, claim_output, newest_checkpoint, verify_checkpoint
 from distill.config import load_config, section, setting, to_yaml
 from distill.dimo import DiMO, DiMOConfig
-from distill.trainer import Trainer, claim_output, make_accelerator
+from distill.state import restore, trained_parameters
+from distill.trainer import AVERAGED, Trainer
 from distill.training_config import TrainingConfig
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
@@ -25,7 +28,7 @@ from teachers.folder import new_folder
 from teachers.pipeline import Denoiser, MaskedDiffusionPipeline, all_classes
 from teachers.prompt_cache import PromptCache, write_prompt_cache
 from teachers.prompts import PromptConfig, load_prompts
-from teachers.randomness import rand
+from teachers.randomness import derive_seed, rand
 from teachers.recompute import recompute_activations
 
 
@@ -56,6 +59,7 @@ class StudentJob:
     teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
     output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
     auxiliary_learning_rate: float = setting(1e-3, "about five times the student's: the auxiliary has to follow it")
+    adapter_rank: int = setting(0, "learn LoRA adapters of this rank on the teacher's frozen weights; 0: all weights")
     freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
     method: DiMOConfig = section(DiMOConfig, "Di[M]O")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
@@ -67,6 +71,8 @@ class StudentJob:
     scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of prompts during training")
 
     def __post_init__(self) -> None:
+        if self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank={self.adapter_rank} must be 0 or more")
         if not self.auxiliary_learning_rate > 0:
             raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
 
@@ -105,11 +111,17 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     with accelerator.main_process_first():
         conditions = open_conditions(job, teacher, output)
         initialiser = make_initialiser(job, teacher, conditions, output)
-    learner = partial(make_learner, teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing)
-    student, auxiliary = learner(), learner()
+    torch.manual_seed(derive_seed(job.training.seed, "adapters"))
+    student, auxiliary = (
+        make_learner(teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing, job.adapter_rank)
+        for _ in range(2)
+    )
+    if job.training.compile:
+        for network in (teacher.denoiser, student, auxiliary):
+            network.compile_repeated_blocks()
 
     def pipeline(network: Denoiser) -> OneStepPipeline:
-        return OneStepPipeline(network, teacher.tokenizer, initialiser).to(accelerator.device)
+        return OneStepPipeline(merged(network), teacher.tokenizer, initialiser).to(accelerator.device)
 
     def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
         assert monitor is not None
@@ -130,6 +142,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         output=output,
         evaluate=evaluate if monitor is not None else None,
         alarms=Alarms(job.alarms, teacher.codebook_size),
+        sequence_length=teacher.sequence_length,
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
     return trainer.train()
@@ -163,12 +176,17 @@ def make_initialiser(
     return TokenInitialiser.from_pretrained(folder).to(teacher.device)
 
 
-def make_learner(teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False) -> Denoiser:
-    """A copy of the teacher that learns, without dropout."""
-    learner = copy.deepcopy(teacher).requires_grad_(True).eval()
-    if freeze_embeddings:
-        for parameter in learner.embedding_parameters():
-            parameter.requires_grad_(False)
+def make_learner(
+    teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False, adapter_rank: int = 0
+) -> Denoiser:
+    """A copy of the teacher that learns, without dropout; or adapters of a rank, on the teacher's own weights."""
+    if adapter_rank:
+        learner = with_adapters(teacher, adapter_rank).eval()
+    else:
+        learner = copy.deepcopy(teacher).requires_grad_(True).eval()
+        if freeze_embeddings:
+            for parameter in learner.embedding_parameters():
+                parameter.requires_grad_(False)
     if gradient_checkpointing:
         recompute_activations(learner.layers)
     return learner
@@ -183,7 +201,9 @@ def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, Studen
     checkpoint = find_best(run) if best else newest_checkpoint(run / "checkpoints")
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
-    student = type(teacher.denoiser).from_pretrained(checkpoint / "averaged").eval()
+    learner = make_learner(teacher.denoiser, job.freeze_embeddings, adapter_rank=job.adapter_rank)
+    restore(trained_parameters(learner), load_file(checkpoint / AVERAGED))
+    student = merged(learner).requires_grad_(False)
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
     pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
     return pipeline, job, step

@@ -12,9 +12,11 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from distill.accelerator import make_accelerator
 from distill.batches import ShuffledRows
+from distill.checkpoint import claim_output
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, claim_output, make_accelerator
+from distill.trainer import Trainer
 from distill.training_config import TrainingConfig
 from teachers.amused import AmusedDenoiser
 from teachers.condition import ClassLabels, Condition, Conditions
@@ -126,6 +128,8 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     denoiser = make_denoiser(job, data, conditions)
     if job.training.gradient_checkpointing:
         recompute_activations(denoiser.layers)
+    if job.training.compile:
+        denoiser.compile_repeated_blocks()
     sampler = MaskGITSampler(**asdict(job.sampler))
 
     def pipeline(network: Denoiser, *text_modules) -> MaskedDiffusionPipeline:
@@ -146,6 +150,7 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
         output=output,
         evaluate=evaluate if monitor is not None else None,
+        sequence_length=data.tokens.shape[1],
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     finished = trainer.train()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from distill.accelerator import make_accelerator
 from distill.batches import ShuffledRows
+from distill.checkpoint import claim_output
 from distill.config import section, setting, to_yaml
-from distill.trainer import Trainer, claim_output, make_accelerator, on_main_process
+from distill.trainer import Trainer, on_main_process
 from distill.training_config import TrainingConfig
 from teachers.data import DataConfig, load_data
 from teachers.randomness import derive_seed

@@ -12,7 +12,6 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,16 +27,17 @@ from torch.distributed.tensor import DTensor
 
 from distill.alarms import Alarms
 from distill.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
-from distill.launch import refuse_other_launches, shard_on_cpu
 from distill.loss_scale import LossScale
-from distill.state import adam_state, gather, restore
+from distill.state import adam_state, gather, restore, trained_parameters, trained_state
+from distill.throughput import Throughput
 from distill.training_config import TrainingConfig
 from teachers.progress import progress_bar
 from teachers.randomness import derive_seed, sample_generators
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer.json"
+STATE, AVERAGED = "trainer.json", "averaged.safetensors"
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"  # the first is a function of the seed, the second of the machine
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -60,47 +60,13 @@ class Method(Protocol):
         update: tuple[str, ...],
         batch: Any,
         generator: list[torch.Generator],
+        measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The loss of each network named in `update`, and metrics: means, or (2,) the sum and the number of values."""
+        """The loss of each network named in `update`, and metrics if this step is to be measured.
+
+        A metric is a mean, or (2,) the sum and the number of values.
+        """
         ...
-
-
-def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
-    """The Accelerator of a run whose trackers write into `output`."""
-    if config.tracker == "wandb" and find_spec("wandb") is None:
-        raise ValueError("training.tracker=wandb needs the package: pip install 'one-step-mdm[wandb]', or wandb")
-    refuse_other_launches()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(output),
-    )
-    shard_on_cpu(accelerator)
-    if config.mixed_precision == "fp16":
-        accelerator.native_amp = True  # on a CPU it would run in full precision without a word
-    share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)
-    if not share.is_integer():
-        raise ValueError(
-            f"training.batch_size={config.batch_size} does not divide over {accelerator.num_processes} processes "
-            f"and {config.gradient_accumulation_steps} accumulation steps"
-        )
-    shared = "" if accelerator.num_processes == 1 else ", FSDP2" if accelerator.is_fsdp2 else ", DDP"
-    accelerator.print(
-        f"{accelerator.num_processes} x {accelerator.device.type}{shared}, mixed precision: {config.mixed_precision}"
-    )
-    return accelerator
-
-
-def claim_output(output: Path, resume: bool) -> None:
-    """Make the output folder of a new run, or see that there is a run to resume; nothing is ever overwritten."""
-    if resume:
-        newest_checkpoint(output / "checkpoints")
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"the output folder {output} is not empty; name another one, remove it, or go on with training.resume=true"
-        )
-    else:
-        output.mkdir(parents=True, exist_ok=True)
 
 
 def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluation:
@@ -118,11 +84,12 @@ class Trainer:
     Args:
         networks: the networks that learn, by name; each gets an optimizer of its own.
         learning_rates: of each network.
-        averaged: the network whose averaged weights are evaluated and saved, under `averaged/` in each checkpoint.
+        averaged: the network whose averaged weights are evaluated and saved, `averaged.safetensors` in each checkpoint.
         draw_batch: (step, places in the global batch, a generator for each place) -> what the method takes as batch.
         evaluate: (averaged network, step, heartbeat) -> metrics; called on every process. It calls `heartbeat()` now
             and then, on every process alike: that is where an evaluation can be stopped.
         alarms: what looks at each line of metrics.
+        sequence_length: tokens of a sample, to count their rate; 0 where there are none.
     """
 
     def __init__(
@@ -137,6 +104,7 @@ class Trainer:
         output: Path,
         evaluate: Evaluation | None = None,
         alarms: Alarms | None = None,
+        sequence_length: int = 0,
         run_settings: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator, self.method = config, accelerator, method
@@ -145,17 +113,19 @@ class Trainer:
         self.step = 0
         self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
         self._nonfinite_in_a_row = 0
+        self._unread: list[tuple[int, tuple[str, ...], torch.Tensor]] = []  # updates, and 1 where they were left out
         self._stop_requested = False
 
         self._averaged_name = averaged
-        self._averaged_network = copy.deepcopy(networks[averaged]).cpu().eval().requires_grad_(False)
+        self._averaged_network = copy.deepcopy(networks[averaged]).cpu().eval()
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers = {}
         for name, network in networks.items():
             optimizer = torch.optim.AdamW(
-                [parameter for parameter in network.parameters() if parameter.requires_grad],
+                trained_parameters(network).values(),
                 lr=learning_rates[name],
+                fused=True,  # one call; and it can leave a step out without the host's knowing
                 betas=(0.9, config.adam_beta2),
                 eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
@@ -170,13 +140,15 @@ class Trainer:
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.num_steps,
             )
-        parameters = list(self._unwrapped(averaged).parameters())
+        parameters = list(trained_parameters(self._unwrapped(averaged)).values())
         whole = not any(isinstance(parameter, DTensor) for parameter in parameters)  # torch has no foreach for shards
         self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=whole)
+        precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
         if config.resume:
             self._load()
         if accelerator.is_main_process:
-            self._trim_metrics()
+            self._trim_lines()
         plain = {  # tensorboard takes nothing else
             key: value if isinstance(value, int | float | str) else str(value)
             for key, value in (run_settings or {}).items()
@@ -197,17 +169,13 @@ class Trainer:
             if self.step == 0 and config.evaluate_every:
                 self._evaluate()  # the start to compare with; and what cannot be measured should fail now
             while self.step < config.num_steps:
-                metrics: dict[str, torch.Tensor] = {}
-                for number, update in enumerate(self.method.updates):
-                    metrics |= self._update(number, update)
-                for scheduler in self.schedulers.values():
-                    scheduler.step()
-                self.ema.step(self._unwrapped(self._averaged_name).parameters())
-                self.step += 1
-
-                last = self.step == config.num_steps
-                if last or self.step % config.log_every == 0:
+                last = self.step + 1 == config.num_steps
+                logged = last or (self.step + 1) % config.log_every == 0
+                with self._throughput.step():
+                    metrics = self.train_step(logged)
+                if logged:
                     progress.set_postfix(self._log(metrics), refresh=False)
+                    self._write(self._throughput.read(), SPEED)
                 progress.update()
                 saved = (last or self.step % config.checkpoint_every == 0) and self._save()
                 evaluation_due = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
@@ -227,19 +195,29 @@ class Trainer:
         self.accelerator.end_training()
         return self.step == config.num_steps
 
+    def train_step(self, measured: bool) -> dict[str, torch.Tensor]:
+        """All updates of one step; metrics, each a sum and a number, if it is to be measured."""
+        metrics: dict[str, torch.Tensor] = {}
+        for number, update in enumerate(self.method.updates):
+            metrics |= self._update(number, update, measured)
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        self.ema.step(trained_parameters(self._unwrapped(self._averaged_name)).values())
+        self.step += 1
+        return metrics
+
     def averaged_network(self) -> ModelMixin:
         """A copy of the averaged network with the averaged weights, on the CPU; all processes call it."""
-        whole = gather(self._averages(), keep=True)
-        restore(dict(self._averaged_network.named_parameters()), whole)
+        restore(trained_parameters(self._averaged_network), gather(self._averages(), keep=True))
         return self._averaged_network
 
-    def _update(self, number: int, update: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def _update(self, number: int, update: tuple[str, ...], measured: bool) -> dict[str, torch.Tensor]:
         """One optimizer step of the networks named in `update`, unless a loss or gradient is not finite."""
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(derive_seed(config.seed, self.step, number, accelerator.process_index))  # for dropout
         num_parts = config.gradient_accumulation_steps
         share = config.batch_size // (accelerator.num_processes * num_parts)
-        all_metrics = []
+        metrics: dict[str, torch.Tensor] = {}
         finite = torch.ones((), device=accelerator.device)
         for part in range(num_parts):
             first = (part * accelerator.num_processes + accelerator.process_index) * share
@@ -251,28 +229,26 @@ class Trainer:
                     for name in update:
                         stack.enter_context(accelerator.no_sync(self.networks[name]))
                 with accelerator.autocast():
-                    losses, metrics = self.method.losses(self.networks, update, batch, generator)
+                    losses, measures = self.method.losses(self.networks, update, batch, generator, measured)
                 loss = torch.stack(list(losses.values())).sum() / num_parts
                 (loss * self.loss_scale.value).backward()
             finite = finite * loss.detach().isfinite()
-            all_metrics.append(metrics)
-
-        metrics = {
-            key: torch.stack([_sum_and_number(part[key]) for part in all_metrics]).sum(0) for key in all_metrics[0]
-        }
+            metrics |= {key: metrics.get(key, 0) + _sum_and_number(value) for key, value in measures.items()}
         for name in update:
             norm = self._clip_gradients(name)
             metrics[f"{name}_grad_norm"] = _sum_and_number(norm)
             finite = finite * norm.isfinite()
 
         # All processes have to agree before any of them lets its optimizer see the gradients.
-        all_finite = bool(accelerator.gather(finite[None]).min() > 0)
-        if all_finite:
-            for name in update:
-                self.optimizers[name].step()
-        self._count_nonfinite(all_finite, update)
+        left_out = 1 - accelerator.gather(finite[None]).min()
         for name in update:
+            self.optimizers[name].found_inf = left_out  # type: ignore[attr-defined]  # where it is 1 nothing changes
+            self.optimizers[name].grad_scale = None  # type: ignore[attr-defined]
+            self.optimizers[name].step()
             self.optimizers[name].zero_grad()
+        self._unread.append((self.step, update, left_out))
+        if measured or self.loss_scale.enabled:
+            self._count_nonfinite()
         return metrics
 
     def _clip_gradients(self, name: str) -> torch.Tensor:
@@ -285,18 +261,22 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _count_nonfinite(self, finite: bool, update: tuple[str, ...]) -> None:
-        scaled_down = self.loss_scale.update(finite)
-        if finite:
-            self._nonfinite_in_a_row = 0
-        elif not scaled_down:  # otherwise it is how the loss scale finds its size
-            self._nonfinite_in_a_row += 1
-            logger.warning("step %d: a loss or gradient of %s is not finite; skipped", self.step, "/".join(update))
-        if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {self.step}); "
-                "lower the learning rates, or go on from an earlier checkpoint"
-            )
+    def _count_nonfinite(self) -> None:
+        """Read which updates were left out: the one place where the host waits for the device."""
+        flags = torch.stack([left_out for _, _, left_out in self._unread]).tolist()
+        for (step, update, _), left_out in zip(self._unread, flags, strict=True):
+            scaled_down = self.loss_scale.update(not left_out)
+            if not left_out:
+                self._nonfinite_in_a_row = 0
+            elif not scaled_down:  # otherwise it is how the loss scale finds its size
+                self._nonfinite_in_a_row += 1
+                logger.warning("step %d: a loss or gradient of %s is not finite; skipped", step, "/".join(update))
+            if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {step}); "
+                    "lower the learning rates, or go on from an earlier checkpoint"
+                )
+        self._unread.clear()
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         """Average the metrics over processes and write them down."""
@@ -333,18 +313,18 @@ class Trainer:
         if self._stop_is_requested():
             raise Stopped
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _write(self, values: dict[str, float], name: str = METRICS) -> None:
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a") as file:
+            with (self.output / name).open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
 
-    def _trim_metrics(self) -> None:
+    def _trim_lines(self) -> None:
         """Forget what was written after the checkpoint that the run goes on from."""
-        path = self.output / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
+        for path in (self.output / METRICS, self.output / SPEED):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+                path.write_text("".join(line + "\n" for line in kept))
 
     def _save(self) -> bool:
         return save_checkpoint(
@@ -356,12 +336,11 @@ class Trainer:
         keep = self.accelerator.is_main_process
         for name in self.networks:
             network = self._unwrapped(name)
-            weights = gather(network.state_dict(), keep)
+            weights = gather(trained_state(network), keep)
             yield partial(_save_tensors, weights, f"{name}.safetensors")
             moments = gather(adam_state(network, self.optimizers[name]), keep)
             yield partial(_save_tensors, moments, f"{name}.adam.safetensors")
-        averaged = self.averaged_network()
-        yield lambda folder: averaged.save_pretrained(folder / "averaged")
+        yield partial(_save_tensors, gather(self._averages(), keep), AVERAGED)
         counters = {
             "step": self.step,
             "averaged_steps": self.ema.optimization_step,
@@ -376,11 +355,10 @@ class Trainer:
         checkpoint = Path(broadcast_object_list(found)[0])
         for name in self.networks:
             network = self._unwrapped(name)
-            restore(network.state_dict(), load_file(checkpoint / f"{name}.safetensors"))
+            restore(trained_state(network), load_file(checkpoint / f"{name}.safetensors"))
             moments = adam_state(network, self.optimizers[name])
             restore(moments, load_file(checkpoint / f"{name}.adam.safetensors"))
-        averaged = type(self._averaged_network).from_pretrained(checkpoint / "averaged")
-        restore(self._averages(), dict(averaged.named_parameters()))
+        restore(self._averages(), load_file(checkpoint / AVERAGED))
         counters = json.loads((checkpoint / STATE).read_text())
         self.step, self.ema.optimization_step = counters["step"], counters["averaged_steps"]
         self.loss_scale.load_state_dict(counters["loss_scale"])
@@ -395,7 +373,7 @@ class Trainer:
             mark_best(self.checkpoints, self.step, self.config.keep_best, value, self.config.keep_checkpoints)
 
     def _averages(self) -> dict[str, torch.Tensor]:
-        names = [name for name, _ in self._unwrapped(self._averaged_name).named_parameters()]
+        names = trained_parameters(self._unwrapped(self._averaged_name))
         return dict(zip(names, self.ema.shadow_params, strict=True))
 
     def _unwrapped(self, name: str) -> nn.Module:

@@ -29,6 +29,7 @@ class TrainingConfig:
     ema_decay: float = setting(0.999, "of the averaged weights, warmed up as min(decay, (1 + n) / (10 + n))")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
     gradient_checkpointing: bool = setting(False, "compute activations again in the backward: less memory, more time")
+    compile: bool = setting(False, "torch.compile the transformer's blocks: a minute or more first, faster then")
     seed: int = setting(0, "every random draw is a function of it, the step and the place in the batch")
     log_every: int = setting(20, "steps between lines of metrics.jsonl")
     evaluate_every: int = setting(0, "steps between sample grids and quick measurements; 0: only at the end")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from teachers.condition import Conditions
+from teachers.cost import decoder_flops, forward_flops, matmul_rate, peak_memory, reset_peak_memory, synchronize
 from teachers.pipeline import TokenPipeline, all_classes
 
 
@@ -31,9 +31,12 @@ def measure_speed(
         conditions: what to generate from, by default all classes; prompts are encoded beforehand.
 
     Returns a row per candidate and batch size: NFE, median and 95th percentile of seconds per batch, images per second
-    at the median, and the peak memory in MiB (of the GPU, or of the process on CPU).
+    at the median, the peak memory in MiB (of the GPU, or of the process on CPU), the operations of an image, and the
+    share of the rate of a large matrix product at which they were done.
     """
     rows = []
+    precisions = {(pipeline.device, pipeline.dtype) for pipeline, _ in candidates.values()}
+    rates = {dtype: matmul_rate(device, dtype) for device, dtype in precisions}
     for batch_size in batch_sizes:
         calls = {
             name: _call(pipeline, batch_size, settings, decode, conditions)
@@ -46,13 +49,16 @@ def measure_speed(
             progress(f"batch of {batch_size}, round {repeat + 1} of {num_repeats}")
             for name, call in calls.items():
                 device = candidates[name][0].device
-                _reset_peak_memory(device)
+                reset_peak_memory(device)
                 start = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - start)
-                memory[name] = max(memory.get(name, 0), _peak_memory(device))
+                memory[name] = max(memory.get(name, 0), peak_memory(device))
         for name in calls:
-            middle = median(seconds[name])
+            pipeline, middle = candidates[name][0], median(seconds[name])
+            gflop = evaluations[name] * forward_flops(pipeline.denoiser) / 1e9
+            if decode:
+                gflop += decoder_flops(pipeline.tokenizer) / 1e9
             rows.append(
                 {
                     "name": name,
@@ -63,6 +69,8 @@ def measure_speed(
                     "seconds_p95": torch.tensor(seconds[name]).quantile(0.95).item(),
                     "images_per_second": batch_size / middle,
                     "peak_memory_mib": memory[name],
+                    "gflop": gflop,
+                    "of_bound": 1e9 * gflop * batch_size / rates[pipeline.dtype] / middle,
                 }
             )
     return rows
@@ -75,8 +83,7 @@ def sampler_overhead(
     seconds, started = 0.0, 0.0
 
     def now() -> float:
-        if pipeline.device.type == "cuda":
-            torch.cuda.synchronize(pipeline.device)
+        synchronize(pipeline.device)
         return time.perf_counter()
 
     def start(*_: Any) -> None:
@@ -99,13 +106,42 @@ def sampler_overhead(
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'':20} {'batch':>6} {'NFE':>6} {'median ms':>10} {'p95 ms':>8} {'images/s':>9} {'peak MiB':>9}  what"]
+    lines = [
+        f"{'':26} {'batch':>5} {'NFE':>5} {'median ms':>10} {'p95 ms':>9} {'images/s':>9} {'peak MiB':>9} {'GFLOP':>8} "
+        f"{'of bound':>8}  what"
+    ]
     for row in rows:
+        what = "with decoding" if row["decode"] else "generator alone"
         lines.append(
-            f"{row['name']:20} {row['batch_size']:6} {row['nfe']:6.1f} {1e3 * row['seconds_median']:10.2f} "
-            f"{1e3 * row['seconds_p95']:8.2f} {row['images_per_second']:9.0f} {row['peak_memory_mib']:9.0f}  "
-            + ("with decoding" if row["decode"] else "generator alone")
+            f"{row['name']:26} {row['batch_size']:5} {row['nfe']:5.1f} {1e3 * row['seconds_median']:10.2f} "
+            f"{1e3 * row['seconds_p95']:9.2f} {_short(row['images_per_second']):>9} {row['peak_memory_mib']:9.0f} "
+            f"{_short(row['gflop']):>8} {row['of_bound']:8.0%}  {what}"
         )
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def speed_summary(rows: list[dict[str, Any]], student: str, others: list[str]) -> str:
+    """For each batch size the decoder's share of the student's time, and the student's speed-ups over others.
+
+    Of rows with and without decoding. The ideal speed-up is the ratio of operations.
+    """
+    found = {(row["name"], row["batch_size"], row["decode"]): row for row in rows}
+    lines = []
+    for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
+        alone, whole = found[student, batch_size, False], found[student, batch_size, True]
+        share = 1 - alone["seconds_median"] / whole["seconds_median"]
+        lines.append(f"batch of {batch_size}: decoding is {share:.0%} of the {student}'s time")
+        for name in others:
+            text = f"  {student} against {name}:"
+            for what, decode, mine in [("generator alone", False, alone), ("end to end", True, whole)]:
+                other = found[name, batch_size, decode]
+                speedup, ideal = other["seconds_median"] / mine["seconds_median"], other["gflop"] / mine["gflop"]
+                text += f" {speedup:.3g} x {what} (ideal {ideal:.3g})" + ("," if not decode else "")
+            lines.append(text)
     return "\n".join(lines)
 
 
@@ -119,25 +155,7 @@ def _call(
 
     def call() -> float:
         output = pipeline(condition=condition, generator=generator, output_type=output_type, **settings)
-        if pipeline.device.type == "cuda":
-            torch.cuda.synchronize(pipeline.device)
+        synchronize(pipeline.device)
         return output.nfe
 
     return call
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> float:
-    """In MiB; not a number where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
-    return peaks[0] if peaks else float("nan")

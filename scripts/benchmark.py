@@ -1,17 +1,24 @@
-"""Time a one-step student against its teacher, or draw the frontier of the teacher's samplers beside the student.
+"""Time a one-step student against its teacher, draw the frontier of the teacher's samplers beside the student, or time
+the training step or its loss against the schedule of the authors' loop.
 
     python scripts/benchmark.py sample --teacher runs/digits/teacher/pipeline --student runs/digits/one-step
     python scripts/benchmark.py frontier --teacher runs/digits/teacher/pipeline --student runs/digits/one-step \\
         --output runs/digits/frontier
+    python scripts/benchmark.py step --baseline
+    python scripts/benchmark.py loss
 
 The last line of stdout is one JSON object.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
 import platform
+import tempfile
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,8 @@ import torch
 
 from distill.command import run
 from distill.config import load_config
+from distill.speed import LossPath, StepBenchmark, loss_table, step_table
+from distill.training_config import TrainingConfig
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference
 from eval.frontier import (
@@ -31,13 +40,17 @@ from eval.frontier import (
 )
 from eval.monitor import real_images, reference_for
 from eval.report import frontier_plot, write_frontier_page
-from eval.speed import measure_speed, speed_table
+from eval.speed import measure_speed, speed_summary, speed_table
 from eval.tuning import Grid
+from students.initialisation import TokenInitialiser
 from students.loading import load_pipeline
+from students.pipeline import OneStepPipeline
 from teachers import samplers
+from teachers.cost import num_parameters
 from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.prompts import PromptConfig, Prompts, load_prompts
+from teachers.released_sizes import random_pipeline
 
 STEPS = [1, 2, 4, 8, 16, 32]
 
@@ -51,10 +64,21 @@ def main() -> None:
     ]:
         options = kinds.add_parser(kind, help=text, description=text.capitalize() + ".")
         options.set_defaults(function=function)
-        options.add_argument("--teacher", type=Path, required=True, help="folder of a MaskedDiffusionPipeline")
-        options.add_argument("--student", type=Path, required=True, help="folder of a OneStepPipeline")
+        required = kind == "frontier"
+        options.add_argument("--teacher", type=Path, required=required, help="folder of a MaskedDiffusionPipeline")
+        options.add_argument("--student", type=Path, required=required, help="folder of a OneStepPipeline")
         options.add_argument("--prompts", nargs="+", metavar="key=value", help="for text: name=, split=, column=")
         options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for kind, function, text in [
+        ("step", step, "time the training step of Di[M]O"),
+        ("loss", loss, "time the way from the last hidden states to their gradients, and its memory"),
+    ]:
+        options = kinds.add_parser(kind, help=text, description=text.capitalize() + ".")
+        options.set_defaults(function=function)
+        options.add_argument("--guidance-scale", type=float, default=2.0, help="of the teacher; 1 is none")
+        options.add_argument("--num-repeats", type=int, default=7, help="interleaved rounds")
+    add_step_options(kinds.choices["step"])
+    add_loss_options(kinds.choices["loss"])
     add_sample_options(kinds.choices["sample"])
     add_frontier_options(kinds.choices["frontier"])
     arguments = parser.parse_args()
@@ -62,10 +86,30 @@ def main() -> None:
 
 
 def add_sample_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--random", metavar="SIZE", help="untrained models of a released size, e.g. maskgit-256")
+    options.add_argument("--variants", nargs="+", default=[], choices=VARIANTS, help="the student in other ways, too")
     options.add_argument("--steps", type=int, nargs="+", help="of the teacher; default: 1 to 32, as its tokens allow")
     options.add_argument("--guidance-scale", type=float, default=1.0, help="of the teacher; above 1 counts twice")
     options.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 256])
     options.add_argument("--num-repeats", type=int, default=10)
+
+
+def add_step_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--baseline", action="store_true", help="beside the schedule of the authors' loop")
+    options.add_argument("--batch-size", type=int, default=4)
+    options.add_argument("--token-grid", type=int, nargs=2, default=[16, 16])
+    options.add_argument("--codebook-size", type=int, default=1024)
+    options.add_argument("--hidden-size", type=int, default=384)
+    options.add_argument("--num-layers", type=int, default=6)
+    options.add_argument("--adapter-rank", type=int, default=16, help="of the step with adapters")
+    options.add_argument("settings", nargs="*", metavar="key=value", help="of the loop, e.g. mixed_precision=bf16")
+
+
+def add_loss_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--batch-size", type=int, default=4)
+    options.add_argument("--token-grid", type=int, nargs=2, default=[16, 16])
+    options.add_argument("--codebook-sizes", type=int, nargs="+", default=[1025, 8192])
+    options.add_argument("--hidden-size", type=int, default=256)
 
 
 def add_frontier_options(options: argparse.ArgumentParser) -> None:
@@ -85,9 +129,18 @@ def add_frontier_options(options: argparse.ArgumentParser) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    teacher = load_pipeline(arguments.teacher).to(arguments.device)
-    student = load_pipeline(arguments.student).to(arguments.device)
+    if arguments.random:
+        teacher = random_pipeline(arguments.random)
+        initialiser = TokenInitialiser.for_teacher(teacher, random_tokens="uniform")
+        student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, initialiser)
+    elif arguments.teacher and arguments.student:
+        teacher, student = load_pipeline(arguments.teacher), load_pipeline(arguments.student)
+    else:
+        raise ValueError("name a --teacher and a --student, or the size of --random ones")
+    teacher, student = teacher.to(arguments.device), student.to(arguments.device)
     candidates = {"student": (student, {})}
+    for name in arguments.variants:
+        candidates[f"student, {name}"] = (VARIANTS[name](copy.deepcopy(student)), {})
     for steps in arguments.steps or [steps for steps in STEPS if steps <= teacher.sequence_length]:
         settings = {"num_inference_steps": steps, "guidance_scale": arguments.guidance_scale}
         candidates[f"teacher, {steps} steps"] = (teacher, settings)
@@ -101,7 +154,77 @@ def sample(arguments: argparse.Namespace) -> None:
             conditions=prompts_of(teacher, arguments),
         )
     print(speed_table(rows))
+    print(speed_summary(rows, "student", [name for name, (pipeline, _) in candidates.items() if pipeline is teacher]))
     print(json.dumps({"rows": rows, "protocol": machine(arguments.device) | {"num_repeats": arguments.num_repeats}}))
+
+
+def compiled(pipeline: OneStepPipeline) -> OneStepPipeline:
+    """On a GPU as CUDA graphs, which matter for small batches."""
+    mode = "reduce-overhead" if pipeline.device.type == "cuda" else None
+    pipeline.denoiser.compile_repeated_blocks(mode=mode)
+    return pipeline
+
+
+def channels_last(pipeline: OneStepPipeline) -> OneStepPipeline:
+    """The decoder alone: it is what has convolutions."""
+    pipeline.tokenizer.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+VARIANTS = {
+    "bfloat16": lambda pipeline: pipeline.to(torch.bfloat16),
+    "compiled": compiled,
+    "channels last": channels_last,
+}
+
+
+def step(arguments: argparse.Namespace) -> None:
+    rank = arguments.adapter_rank
+    settings = load_config(TrainingConfig, overrides=[f"batch_size={arguments.batch_size}", *arguments.settings])
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = StepBenchmark(
+            tuple(arguments.token_grid),
+            arguments.codebook_size,
+            arguments.hidden_size,
+            arguments.num_layers,
+            arguments.guidance_scale,
+            replace(settings, tracker="none"),
+            Path(folder),
+        )
+        builders = {
+            "shared samples": benchmark.ours,
+            "fresh samples": partial(benchmark.ours, auxiliary_samples="fresh"),
+            f"adapters of rank {rank}": partial(benchmark.ours, adapter_rank=rank),
+        }
+        if arguments.baseline:
+            builders = {"the authors' order": benchmark.baseline, **builders}
+        rows = benchmark.measure(builders, arguments.num_repeats)
+    print(step_table(rows))
+    protocol = machine(benchmark.device.type) | {
+        "parameters": num_parameters(benchmark.teacher),
+        **asked_for(arguments),
+    }
+    print(json.dumps({"rows": rows, "protocol": protocol}))
+
+
+def loss(arguments: argparse.Namespace) -> None:
+    rows = []
+    for codebook_size in arguments.codebook_sizes:
+        path = LossPath(
+            arguments.batch_size,
+            tuple(arguments.token_grid),
+            codebook_size,
+            arguments.hidden_size,
+            arguments.guidance_scale,
+        )
+        rows += [{"codebook_size": codebook_size, **row} for row in path.measure(arguments.num_repeats)]
+    print(loss_table(rows))
+    print(json.dumps({"rows": rows, "protocol": machine("cpu") | asked_for(arguments)}))
+
+
+def asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, without the function that does it."""
+    return {key: value for key, value in vars(arguments).items() if key not in ("function", "kind")}
 
 
 def prompts_of(teacher: MaskedDiffusionPipeline, arguments: argparse.Namespace) -> Prompts | None:

@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from teachers.condition import ClassCondition, Condition, Conditions
-from teachers.corruption import corrupt
+from teachers.corruption import random_mask
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.randomness import Generators, invert_cumulative, rand, randn
 
@@ -111,7 +111,8 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         tokens = self.random_tokens(condition, generator)
         lowest, highest = self.config.mask_ratio
         mask_ratio = lowest + (highest - lowest) * rand(len(tokens), 1, generator=generator, device=tokens.device)
-        initial, _ = corrupt(tokens, mask_ratio.squeeze(1), self.config.mask_token_id, generator)
+        mask = random_mask(mask_ratio.squeeze(1), tokens.shape[1], generator)
+        initial = tokens.masked_fill(mask, self.config.mask_token_id)
         return initial
 
     def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:

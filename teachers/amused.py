@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
+    _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(self, token_grid: tuple[int, int], settings: dict[str, Any]):
@@ -41,19 +43,29 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: TextCondition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens."""
+        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens.
+
+        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
+        """
         height, width = self.config.token_grid
-        embed = self.transformer.embed
-        hook = None
-        if perturb is not None:
-            hook = embed.register_forward_hook(lambda *call: as_grid(perturb(as_sequence(call[-1])), height))
-        logits = self.transformer(
-            tokens.unflatten(1, (height, width)), condition.states, condition.pooled, condition.micro_conditions
-        )
-        if hook is not None:
-            hook.remove()
-        return as_sequence(logits)
+        embed, head = self.transformer.embed, self.transformer.mlm_layer
+        with contextlib.ExitStack() as hooks:  # diffusers' forward has no other way in
+            if perturb is not None:
+                hooks.enter_context(
+                    embed.register_forward_hook(lambda *call: as_grid(perturb(as_sequence(call[-1])), height))
+                )
+            if where is not None:
+                hooks.enter_context(
+                    head.register_forward_pre_hook(
+                        lambda module, inputs: (as_sequence(inputs[0]).flatten(0, 1)[where][:, :, None, None],)
+                    )
+                )
+            logits = self.transformer(
+                tokens.unflatten(1, (height, width)), condition.states, condition.pooled, condition.micro_conditions
+            )
+        return as_sequence(logits) if where is None else logits[:, :, 0, 0]
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """What Di[M]O keeps fixed: the token embeddings and the output layer."""

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from teachers.randomness import Generators, rand
+from teachers.randomness import Generators, rand, to_device
 
 MASK_SCHEDULES = {
     "linear": lambda progress: 1 - progress,
@@ -35,6 +35,10 @@ def random_mask(mask_ratio: torch.Tensor, length: int, generator: Generators = N
 def corrupt(
     tokens: torch.Tensor, mask_ratio: torch.Tensor, mask_token_id: int, generator: Generators = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask tokens (B, L) at the ratios (B,): the corrupted tokens x_t ~ q(. | x_0) and the mask, both (B, L)."""
+    """Mask tokens (B, L) at the ratios (B,): the corrupted tokens x_t ~ q(. | x_0) and the M masked places.
+
+    Places (M,) are counted through the batch, b L + l. With ratios on the CPU nothing waits for a GPU to count them.
+    """
     mask = random_mask(mask_ratio, tokens.shape[1], generator)
-    return tokens.masked_fill(mask, mask_token_id), mask
+    places = mask.flatten().nonzero()[:, 0]
+    return tokens.masked_fill(to_device(mask, tokens.device), mask_token_id), to_device(places, tokens.device)

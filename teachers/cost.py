@@ -1,6 +1,9 @@
-"""What a network costs: parameters and floating-point operations."""
+"""What a network costs: parameters, floating-point operations, memory; and what the machine can do."""
 
 from __future__ import annotations
+
+import time
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -55,3 +58,39 @@ def cost_summary(pipeline: DiffusionPipeline) -> str:
         f"denoiser: {num_parameters(denoiser) / 1e6:.1f} M parameters, {forward_flops(denoiser) / 1e9:.1f} GFLOP per "
         f"image and evaluation; decoding: {decoder_flops(tokenizer) / 1e9:.1f} GFLOP per image"
     )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second in a large matrix product, the best of some."""
+    size = 8192 if device.type == "cuda" else 1024
+    first, second = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        first @ second
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """In MiB, of the GPU or of this process; not a number where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+    return peaks[0] if peaks else float("nan")

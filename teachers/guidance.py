@@ -10,19 +10,27 @@ from teachers.randomness import shape_logits
 
 
 def guide(
-    denoiser: nn.Module, tokens: torch.Tensor, condition: Condition, guidance_scale: float | torch.Tensor
+    denoiser: nn.Module,
+    tokens: torch.Tensor,
+    condition: Condition,
+    guidance_scale: float | torch.Tensor,
+    where: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Guided logits u + s (c - u) (B, L, V) from one concatenated forward; s = 1 is the plain conditional forward.
 
-    The scale is one number, or a tensor (B,) with one for each sample.
+    The scale is one number, or, without `where`, a tensor (B,) with one for each sample. With places `where` (M,),
+    counted through the batch as b L + l, the logits are theirs (M, V).
     """
     if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
-        return denoiser(tokens, condition)
+        return denoiser(tokens, condition, where=where)
     both = Condition.concatenate([condition, condition.null()])
-    conditional, unconditional = denoiser(torch.cat([tokens, tokens]), both).chunk(2)
+    if where is not None:
+        where = torch.cat([where, where + tokens.numel()])
+    logits = denoiser(torch.cat([tokens, tokens]), both, where=where)
+    conditional, unconditional = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     if isinstance(guidance_scale, torch.Tensor):
         guidance_scale = guidance_scale.to(conditional)[:, None, None]
-    return torch.lerp(unconditional, conditional, guidance_scale)
+    return unconditional.lerp_(conditional, guidance_scale)  # in place, for memory
 
 
 RAMPS = ("constant", "linear")

@@ -24,6 +24,7 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
     """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
 
     _no_split_modules: ClassVar = ["AdaptiveBlock"]  # what FSDP2 shards by itself
+    _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
@@ -69,8 +70,12 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: Condition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens before positions are added."""
+        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens before positions are added.
+
+        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
+        """
         labels = condition.class_labels
         classes = self.class_embedding(torch.where(labels < 0, self.config.num_classes, labels))
 
@@ -84,6 +89,8 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = self.output_modulation(classes)
         hidden = self.output_norm(hidden[:, : tokens.shape[1]]) * (1 + scale) + shift
+        if where is not None:
+            hidden = hidden.flatten(0, 1)[where]
         codebook = self.token_embedding.weight[:-1]
         return hidden @ codebook.T + self.output_bias
 

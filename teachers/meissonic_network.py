@@ -41,6 +41,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]  # what FSDP2 shards by itself
+    _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
@@ -110,8 +111,12 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: TextCondition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens."""
+        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens.
+
+        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
+        """
         height, width = self.config.token_grid
         hidden = self.embed(tokens.unflatten(1, (height, width)))
         if perturb is not None:
@@ -133,6 +138,8 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         hidden = as_grid(hidden, inner_height)
         for block in self.up_block.values():
             hidden = block(hidden)
+        if where is not None:
+            return self.mlm_layer(as_sequence(hidden).flatten(0, 1)[where][:, :, None, None])[:, :, 0, 0]
         return as_sequence(self.mlm_layer(hidden))
 
     def _condition_embedding(self, condition: TextCondition) -> torch.Tensor:

@@ -22,6 +22,7 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
     """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
 
     _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
+    _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
@@ -87,8 +88,12 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: Condition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the visual tokens before positions are added."""
+        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the visual tokens before positions are added.
+
+        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
+        """
         labels = condition.class_labels
         labels = torch.where(labels < 0, self.config.num_classes, labels)
 
@@ -100,10 +105,12 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         hidden = self.input_layer(hidden)
         for block in self.blocks:
             hidden = block(hidden)
-        hidden = self.output_layer(hidden[:, :-1])
+        hidden, bias = hidden[:, :-1], self.output_bias
+        if where is not None:
+            hidden, bias = hidden.flatten(0, 1)[where], bias[where % tokens.shape[1]]
 
         codebook = self.token_embedding.weight[:-1]
-        return hidden @ codebook.T + self.output_bias
+        return self.output_layer(hidden) @ codebook.T + bias
 
     @property
     def layers(self) -> nn.ModuleList:

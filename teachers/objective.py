@@ -10,30 +10,33 @@ from torch import nn
 
 from teachers.condition import Condition
 from teachers.corruption import corrupt, scheduled_mask_ratio
-from teachers.randomness import rand
+from teachers.randomness import rand, to_device
 
 
 def masked_cross_entropy(
     logits: torch.Tensor,
     tokens: torch.Tensor,
-    mask: torch.Tensor,
+    num_tokens: int,
     *,
     label_smoothing: float = 0.0,
     soft_targets: torch.Tensor | None = None,
     soft_weight: float = 0.5,
 ) -> torch.Tensor:
-    """Cross-entropy of logits (B, L, V) with tokens (B, L) at masked positions, per token of the sequence.
+    """Cross-entropy of the logits (M, V) with the tokens (M,) of masked places, per token of the sequences.
 
-    The sum over masked positions divided by B L, so that the mean over parts of a batch is that of the whole batch.
-    With `soft_targets` (B, L, V), probabilities, the target is (1 - a) token + a soft target with a = `soft_weight`.
+    The sum over `num_tokens` = B L, masked or not, so that the mean over parts of a batch is that of the whole batch.
+    With `soft_targets` (M, V), probabilities, the target is (1 - a) token + a soft target with a = `soft_weight`.
     """
-    log_probabilities = logits.float().log_softmax(-1)
-    loss = F.nll_loss(log_probabilities.transpose(1, 2), tokens, reduction="none")
-    if label_smoothing > 0:
-        loss = (1 - label_smoothing) * loss - label_smoothing * log_probabilities.mean(-1)
+    loss = F.cross_entropy(logits.float(), tokens, label_smoothing=label_smoothing, reduction="sum")
     if soft_targets is not None:
-        loss = (1 - soft_weight) * loss - soft_weight * (soft_targets * log_probabilities).sum(-1)
-    return (loss * mask).sum() / mask.numel()
+        soft = F.cross_entropy(logits.float(), soft_targets, reduction="sum")
+        loss = (1 - soft_weight) * loss + soft_weight * soft
+    return loss / num_tokens
+
+
+def sum_and_number(total: torch.Tensor, number: int) -> torch.Tensor:
+    """A metric (2,) that is averaged over parts of a batch and over processes."""
+    return torch.stack([total, torch.full_like(total, number)])
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,21 @@ class MaskedDiffusionObjective:
         update: tuple[str, ...],
         batch: tuple[torch.Tensor, Condition],
         generator: list[torch.Generator],
+        measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The loss of the denoiser, and metrics: cross-entropy and accuracy per masked token."""
+        """The loss of the denoiser, and if measured cross-entropy and accuracy per masked token."""
         tokens, condition = batch
-        draw = rand(len(tokens), 2, generator=generator, device=tokens.device)
-        condition = condition.null(where=draw[:, 0] < self.label_dropout)
+        draw = rand(len(tokens), 2, generator=generator)
+        condition = condition.null(where=to_device(draw[:, 0] < self.label_dropout, tokens.device))
         mask_ratio = scheduled_mask_ratio(self.mask_schedule, draw[:, 1])
-        corrupted, mask = corrupt(tokens, mask_ratio, self.mask_token_id, generator)
+        corrupted, places = corrupt(tokens, mask_ratio, self.mask_token_id, generator)
+        masked_tokens = tokens.flatten()[places]
 
-        logits = networks["denoiser"](corrupted, condition)
-        loss = masked_cross_entropy(logits, tokens, mask, label_smoothing=self.label_smoothing)
+        logits = networks["denoiser"](corrupted, condition, where=places)
+        loss = masked_cross_entropy(logits, masked_tokens, tokens.numel(), label_smoothing=self.label_smoothing)
 
-        metrics = {
-            "cross_entropy": torch.stack([loss.detach() * mask.numel(), mask.sum()]),
-            "accuracy": torch.stack([((logits.argmax(-1) == tokens) & mask).sum(), mask.sum()]),
-        }
+        metrics = {}
+        if measured:
+            metrics["cross_entropy"] = sum_and_number(loss * tokens.numel(), len(places))
+            metrics["accuracy"] = sum_and_number((logits.argmax(-1) == masked_tokens).sum(), len(places))
         return {"denoiser": loss}, metrics

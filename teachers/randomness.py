@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 Generators = torch.Generator | list[torch.Generator] | None
+CHUNK = 2**20  # numbers worked on at a time: they stay in the caches of a CPU, and small on a GPU
 
 
 def sample_generators(*key: int | str, places: Iterable[int]) -> list[torch.Generator]:
@@ -44,8 +45,17 @@ def _draw(function, shape: tuple[int, ...], generator: Generators, device: torch
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}; pass one per sample or one")
-        return torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
-    return function(shape, generator=generator, device=generator.device).to(device)
+        drawn = torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator])
+    else:
+        drawn = function(shape, generator=generator, device=generator.device)
+    return to_device(drawn, torch.device(device))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there; the way to a GPU does not wait for what the GPU has still to do."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def sample_cumulative(cumulative: torch.Tensor, generator: Generators) -> torch.Tensor:
@@ -84,7 +94,15 @@ def shape_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
 
 
 def sample_tokens(logits: torch.Tensor, generator: Generators = None, **shape) -> torch.Tensor:
-    """Draw a token at every position from logits (B, L, V), shaped as `shape_logits` says -> (B, L) int64."""
-    probabilities = shape_logits(logits, **shape).softmax(-1)
-    # float64: a float32 uniform times a float64 sum stays below the sum, and small probabilities keep their share.
-    return sample_cumulative(probabilities.cumsum(-1, dtype=torch.float64), generator)
+    """Draw a token at every position from logits (B, L, V), shaped as `shape_logits` says -> (B, L) int64.
+
+    Some samples at a time, since what is made of their logits on the way takes several times the memory of these.
+    """
+    uniform = rand(*logits.shape[:-1], generator=generator, device=logits.device)
+    num_samples = max(1, CHUNK // logits[0].numel())
+    tokens = []
+    for some_logits, some_uniform in zip(logits.split(num_samples), uniform.split(num_samples), strict=True):
+        probabilities = shape_logits(some_logits, **shape).softmax(-1)
+        # float64: a float32 uniform times a float64 sum stays below the sum, and small probabilities keep their share.
+        tokens.append(invert_cumulative(probabilities.cumsum(-1, dtype=torch.float64), some_uniform))
+    return torch.cat(tokens)

@@ -48,8 +48,9 @@ class VQObjective:
         update: tuple[str, ...],
         batch: tuple[torch.Tensor, int],
         generator: list[torch.Generator],
+        measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The loss of the tokenizer, and metrics: mean squared error, use and perplexity of the codebook."""
+        """The loss of the tokenizer, and if measured its mean squared error, use and perplexity of the codebook."""
         images, step = batch
         reconstructed, latents, entries, tokens = networks["tokenizer"](images)
         error = F.mse_loss(reconstructed, images)
@@ -60,8 +61,10 @@ class VQObjective:
         tokens = self.gather(tokens)
         if step < self.num_revival_steps:
             self._revive(tokens, self.gather(latents.detach()), step)
-        used, perplexity = codebook_use(tokens, self.tokenizer.codebook_size)
-        metrics = {"error": error.detach(), "used": torch.tensor(used), "perplexity": torch.tensor(perplexity)}
+        metrics = {}
+        if measured:
+            used, perplexity = codebook_use(tokens, self.tokenizer.codebook_size)
+            metrics = {"error": error, "used": error.new_tensor(used), "perplexity": error.new_tensor(perplexity)}
         return {"tokenizer": loss}, {name: value.to(images.device) for name, value in metrics.items()}
 
     @torch.no_grad()

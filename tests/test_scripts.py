@@ -39,10 +39,14 @@ def test_from_run_to_samples_measurements_and_timings(command):
     assert result["nfe"] == 1
 
     both = ["--teacher", "teacher", "--student", "one"]
-    arguments = [*both, "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1]
+    arguments = [*both, "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1, "--variants", "bfloat16"]
     status, last, _ = command("benchmark.py", "sample", *arguments)
     assert status == 0
-    assert len(json.loads(last)["rows"]) == 6
+    rows = json.loads(last)["rows"]
+    assert len(rows) == 8
+    operations = {row["name"]: row["gflop"] for row in rows if not row["decode"]}
+    assert operations["teacher, 2 steps"] == 2 * operations["student"] == 2 * operations["student, bfloat16"]
+    assert command("benchmark.py", "sample", "--teacher", "teacher")[0] == 2
 
     arguments = [*both, "--output", "frontier", "--classifier", "classifier", "--guidance-scales", 1, "--save-best"]
     arguments += ["--temperatures", 1, "--num-tuning-images", 100, "--num-report-images", 100]
@@ -94,9 +98,27 @@ def test_mistakes_are_one_line(command):
 
 @pytest.mark.usefixtures("run")
 def test_a_truncated_checkpoint_is_not_exported(command):
-    (weights,) = Path("run").glob("checkpoints/*/averaged/*.safetensors")
+    (weights,) = Path("run").glob("checkpoints/*/averaged.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     status, _, errors = command("export.py", "run", "--output", "one")
     assert status == 2
     assert "no whole checkpoint" in errors
     assert not Path("one").exists()
+
+
+def test_the_step_and_its_loss_are_measured_against_the_authors_order(command):
+    size = ["--batch-size", 2, "--token-grid", 4, 4, "--num-repeats", 1]
+    arguments = [*size, "--hidden-size", 64, "--num-layers", 2, "--codebook-size", 16]
+    status, last, errors = command("benchmark.py", "step", "--baseline", *arguments)
+    assert status == 0, errors
+    rows = {row["name"]: row for row in json.loads(last)["rows"]}
+    operations = {name: row["gflop"] for name, row in rows.items()}
+    # Forwards of the authors' order and ours: 3 + 2 + 1 + 1 + 3, and 3 + 2 + 3; what is not in the blocks blurs it.
+    assert operations["shared samples"] / operations["the authors' order"] == pytest.approx(0.8, abs=0.05)
+    assert operations["fresh samples"] / operations["the authors' order"] == pytest.approx(1.0, abs=0.05)
+    assert operations["adapters of rank 16"] < operations["shared samples"]
+
+    status, last, errors = command("benchmark.py", "loss", *size, "--codebook-sizes", 2048, "--hidden-size", 16)
+    assert status == 0, errors
+    plain, ours = json.loads(last)["rows"]
+    assert ours["peak_memory_mib"] < plain["peak_memory_mib"]

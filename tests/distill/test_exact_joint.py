@@ -3,9 +3,10 @@
 import exact
 import torch
 
+from distill.accelerator import make_accelerator
 from distill.dimo import DiMO, DiMOConfig
 from distill.student_job import make_learner
-from distill.trainer import Trainer, TrainingConfig, make_accelerator
+from distill.trainer import Trainer, TrainingConfig
 from students.initialisation import TokenInitialiser
 from teachers.condition import ClassCondition
 from teachers.network import MaskGITTransformer

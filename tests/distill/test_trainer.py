@@ -8,15 +8,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from torch._dynamo.testing import CompileCounter
 
 from distill import trainer as trainer_module
 from distill.config import load_config
 from distill.dimo import DiMO
 from distill.student_job import StudentJob, load_student, train_student
 from distill.teacher_job import TeacherJob, TokenBatches, train_teacher
+from distill.throughput import Throughput
 from distill.training_config import TrainingConfig
-from teachers import MaskedDiffusionPipeline, PatchTokenizer
+from teachers import MaskedDiffusionPipeline, MaskGITTransformer, PatchTokenizer
 from teachers.condition import ClassLabels
+from teachers.cost import forward_flops
 
 
 @pytest.fixture
@@ -124,8 +127,10 @@ def test_a_skipped_step_leaves_networks_and_optimizers_as_they_were(run, monkeyp
     assert furthest(stepped, teacher.denoiser.state_dict()) > 1e-4
 
 
-def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path, rank):
     settings = ["training.checkpoint_every=2", "initial.embedding_noise=0.1", "training.learning_rate_schedule=linear"]
+    settings += [f"adapter_rank={rank}"]
     whole, whole_lines, _ = run("whole", *settings)
 
     losses, calls = DiMO.losses, []
@@ -148,6 +153,8 @@ def test_interrupted_and_resumed_is_bitwise_the_same(run, monkeypatch, tmp_path)
     files = [{path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in folders]
     assert {"student.safetensors", "student.adam.safetensors", "auxiliary.safetensors"} <= files[0].keys()
     assert files[0] == files[1]
+    speeds = [json.loads(line) for line in (tmp_path / "parts" / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in speeds] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_cut_short_goes_on_as_if_it_had_not_been(run):
@@ -161,11 +168,45 @@ def test_a_run_cut_short_goes_on_as_if_it_had_not_been(run):
     assert whole_lines == parts_lines
 
 
+def test_adapters_end_as_a_plain_student(run, teacher, tmp_path):
+    weights, lines, _ = run("run", "adapter_rank=2")
+    start = teacher.denoiser.state_dict()
+    assert weights.keys() == start.keys()
+    changed = {key for key in weights if not torch.equal(weights[key], start[key])}
+    assert changed
+    assert all(key.startswith("blocks.") and key.endswith(".weight") for key in changed)
+    assert lines[-1]["divergence"] > 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000006" / "student.safetensors"
+    assert checkpoint.stat().st_size < 0.3 * sum(tensor.nbytes for tensor in start.values())
+
+
+def test_the_log_says_how_fast_and_how_large(run, teacher, tmp_path):
+    run("run", "training.log_every=2", "training.num_steps=4", "method.guidance_scale=2")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(16 * line["samples_per_second"])
+        assert 0 < line["mfu"] < 1
+        assert line["peak_memory_mib"] > 100
+
+
+def test_operations_of_a_step_are_counted(teacher, monkeypatch):
+    monkeypatch.setattr("distill.throughput.matmul_rate", lambda *arguments: 1e9)
+    throughput = Throughput(torch.device("cpu"), torch.float32, batch_size=8, sequence_length=16)
+    condition, tokens = teacher.encode_condition([3] * 8), torch.zeros(8, 16, dtype=torch.long)
+    for _ in range(2):
+        with throughput.step(), torch.no_grad():
+            teacher.denoiser(tokens, condition)
+    assert throughput.flops == 8 * forward_flops(teacher.denoiser)
+    rates = throughput.read()
+    assert rates["mfu"] * 1e9 / rates["samples_per_second"] == pytest.approx(forward_flops(teacher.denoiser))
+
+
 def test_the_teacher_is_in_no_checkpoint(run, tmp_path):
     run("run")
     names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").iterdir()}
     networks = {f"{name}{kind}.safetensors" for name in ("student", "auxiliary") for kind in ("", ".adam")}
-    assert names == networks | {"averaged", "manifest.json", "trainer.json"}
+    assert names == networks | {"averaged.safetensors", "manifest.json", "trainer.json"}
 
 
 def test_nothing_is_overwritten_and_nothing_is_resumed_from_nowhere(run, tmp_path):
@@ -380,3 +421,19 @@ def test_a_teacher_needs_labels(tmp_path):
     overrides = [f"output={tmp_path / 'run'}", f"data.name={tmp_path / 'images'}", "data.label_column=''"]
     with pytest.raises(ValueError, match="label_column"):
         train_teacher(load_config(TeacherJob, overrides=overrides))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_compiled_layers_give_the_same_run(run, monkeypatch, rank):
+    """Compiled as far as a graph; what a compiler makes of it is not this project's."""
+    plain, lines, _ = run("plain", f"adapter_rank={rank}")
+    counter, compile_blocks = CompileCounter(), MaskGITTransformer.compile_repeated_blocks
+    monkeypatch.setattr(
+        MaskGITTransformer, "compile_repeated_blocks", lambda network: compile_blocks(network, backend=counter)
+    )
+    torch.compiler.reset()
+    compiled, compiled_lines, _ = run("compiled", f"adapter_rank={rank}", "training.compile=true")
+    assert counter.frame_count > 0
+    assert compiled.keys() == plain.keys()
+    assert furthest(plain, compiled) < 1e-5
+    assert lines[-1]["divergence"] == pytest.approx(compiled_lines[-1]["divergence"], rel=1e-3)

@@ -43,7 +43,7 @@ def finish(process):
 
 def state(tmp_path, name, step=8):
     checkpoint = tmp_path / name / "checkpoints" / f"step-{step:06d}"
-    files = ["student", "auxiliary", "student.adam", "averaged/diffusion_pytorch_model"]
+    files = ["student", "auxiliary", "student.adam", "averaged"]
     return [load_file(checkpoint / f"{file}.safetensors") for file in files]
 
 
@@ -117,6 +117,25 @@ def test_every_way_of_sharing_the_work_gives_the_same_run(tmp_path):
     golden = json.loads(GOLDEN.read_text())
     print(f"from the recorded run: {furthest_metric(golden, one):.1e}")
     assert furthest_metric(golden, one) < 1e-3  # other processors round otherwise
+
+
+@pytest.mark.usefixtures("saved_teacher")
+def test_adapters_are_shared_as_whole_networks_are(tmp_path):
+    """They lie on the teacher's own parameters, which must stay whole and as they were."""
+    settings = ["adapter_rank=2", "training.warmup_steps=0", "training.learning_rate=0.01"]
+    launches = {
+        "one": launch(tmp_path, "one", *settings, num_processes=1),
+        "two": launch(tmp_path, "two", *settings),
+        "sharded": launch(tmp_path, "sharded", *settings, environment=FSDP2),
+    }
+    for name, process in launches.items():
+        status, output = finish(process)
+        assert status == 0, (name, output)
+    one = metrics(tmp_path, "one")
+    assert max(line["divergence"] for line in one) > 1e-4
+    for name in ("two", "sharded"):
+        assert furthest(state(tmp_path, "one"), state(tmp_path, name)) < 2e-5
+        assert furthest_metric(one, metrics(tmp_path, name)) < 1e-4
 
 
 @pytest.mark.usefixtures("saved_teacher")
