@@ -22,7 +22,7 @@ class ParityDenoiser:
 
     mask_token_id = 2
 
-    def __call__(self, tokens, condition):
+    def __call__(self, tokens, condition, where=None):
         ones = torch.zeros(*tokens.shape, 2)
         ones[:, 0, 0] = 1e-3  # the surest, so that the others have ranks 1 to 3
         for place in (1, 2, 3):
