@@ -143,7 +143,7 @@ def test_self_correction_masks_the_doubted_token_again_and_keeps_to_the_schedule
         denoise = Recorder(logits)
         denoiser = denoise.denoiser
 
-        def changing_its_mind(tokens, condition):
+        def changing_its_mind(tokens, condition, where=None):
             answer = denoiser(tokens, condition).clone()
             answer[tokens[:, 0] != 9, 0] = torch.eye(9)[5] * 20
             return answer
