@@ -70,8 +70,9 @@ class DiMO:
     A training step is the sequence of `updates`, each naming the networks that learn from one draw of samples.
     """
 
-    def __init__(self, config: DiMOConfig, teacher: nn.Module, initialiser: TokenInitialiser):
+    def __init__(self, config: DiMOConfig, teacher: nn.Module, initialiser: TokenInitialiser, compiled: bool = False):
         self.config = config
+        self.compiled = compiled  # what is done with the logits; the networks are the caller's
         self.teacher = teacher
         self.initialiser = initialiser
         if config.auxiliary_samples == "shared":
@@ -112,7 +113,9 @@ class DiMO:
             if measured:
                 metrics |= student_metrics(logits, teacher_logits, auxiliary_logits, tokens, places, config.beta)
             # The teacher's logits are not needed after this; for their memory the gradient takes their place.
-            gradient = divergence_gradient(teacher_logits, auxiliary_logits, config.beta, out=teacher_logits)
+            gradient = divergence_gradient(
+                teacher_logits, auxiliary_logits, config.beta, out=teacher_logits, compiled=self.compiled
+            )
             gradient *= weight[:, None]
             losses["student"] = with_gradient(logits, places, gradient)
 

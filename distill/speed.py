@@ -107,7 +107,7 @@ class StepBenchmark:
         trainer = Trainer(
             self.settings,
             self.accelerator,
-            DiMO(config, self.teacher, self.initialiser),
+            DiMO(config, self.teacher, self.initialiser, compiled=self.settings.compile),
             networks,
             dict.fromkeys(networks, self.settings.learning_rate),
             "student",
@@ -227,23 +227,30 @@ class LossPath:
         self.teacher = _Head(shape, codebook, codebook_size).requires_grad_(False)
         self.condition = ClassCondition(torch.zeros(batch_size, dtype=torch.long))
         self.initialiser = TokenInitialiser(token_grid, codebook_size, 1, codebook_size)
-        self.method = DiMO(DiMOConfig(guidance_scale=guidance_scale), self.teacher, self.initialiser)
+        config = DiMOConfig(guidance_scale=guidance_scale)
+        self.method = DiMO(config, self.teacher, self.initialiser)
+        self.compiled = DiMO(config, self.teacher, self.initialiser, compiled=True)
         self.baseline = BaselineStep(self.teacher, self.initialiser, guidance_scale, self.networks)
 
     def plain(self) -> None:
         self.baseline.student_loss(self.condition)[0].backward()
         self.baseline.auxiliary_loss(self.condition).backward()
 
-    def ours(self) -> None:
+    def ours(self, method: DiMO) -> None:
         generator = sample_generators(0, places=range(len(self.condition)))
-        losses, _ = self.method.losses(self.networks, self.method.updates[0], self.condition, generator)
+        losses, _ = method.losses(self.networks, method.updates[0], self.condition, generator)
         torch.stack(list(losses.values())).sum().backward()
 
     def measure(self, num_repeats: int) -> list[dict[str, Any]]:
         """A row for each: median seconds over interleaved rounds, and the peak of the memory that its tensors held."""
-        calls = {"plain": self.plain, "ours": self.ours}
+        calls: dict[str, Callable[[], None]] = {
+            "plain": self.plain,
+            "ours": partial(self.ours, self.method),
+            "compiled": partial(self.ours, self.compiled),
+        }
         peaks = {}
         for name, call in calls.items():
+            call()  # for what is compiled
             with PeakMemory() as memory:
                 call()
             peaks[name] = memory.peak

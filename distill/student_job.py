@@ -134,7 +134,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     trainer = Trainer(
         job.training,
         accelerator,
-        DiMO(job.method, teacher.denoiser, initialiser),
+        DiMO(job.method, teacher.denoiser, initialiser, compiled=job.training.compile),
         networks={"student": student, "auxiliary": auxiliary},
         learning_rates={"student": job.training.learning_rate, "auxiliary": job.auxiliary_learning_rate},
         averaged="student",

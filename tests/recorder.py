@@ -25,7 +25,7 @@ class Recorder(GuidedDenoiser):
     def __init__(self, logits: torch.Tensor, num_samples: int = 1):
         self.seen: list[torch.Tensor] = []
 
-        def denoiser(tokens, condition, where=None):
+        def denoiser(tokens, condition):
             self.seen.append(tokens.clone())
             return logits.expand(len(tokens), *logits.shape)
 

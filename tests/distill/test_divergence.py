@@ -41,13 +41,23 @@ def test_gradient_equals_autograd_for_any_beta(beta, seed):
     teacher, auxiliary = torch.randn(2, 2, 3, 7, generator=generator, dtype=torch.float64)
     auxiliary.requires_grad_()
     (expected,) = torch.autograd.grad(jeffreys_divergence(teacher, auxiliary, beta).sum(), auxiliary)
-    chunk = divergence.CHUNK
+    chunk = divergence.CPU_CHUNK
     try:
-        for divergence.CHUNK in (7, 14, 2**19):  # one row at a time, two, all
+        for divergence.CPU_CHUNK in (7, 14, 2**19):  # one row at a time, two, all
             gradient = divergence_gradient(teacher.flatten(0, 1), auxiliary.flatten(0, 1), beta)
             torch.testing.assert_close(gradient.view_as(expected), expected)
     finally:
-        divergence.CHUNK = chunk
+        divergence.CPU_CHUNK = chunk
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.2])
+def test_compiled_or_not_the_gradient_is_the_same(beta, monkeypatch):
+    monkeypatch.setattr(divergence, "CPU_CHUNK", 7 * 10)
+    for num_places in (25, 32):  # 10, 10 and 5 places; 10, 10, 10 and 2
+        teacher, auxiliary = torch.randn(2, num_places, 7)
+        expected = divergence_gradient(teacher, auxiliary, beta)
+        gradient = divergence_gradient(teacher, auxiliary, beta, out=teacher, compiled=True)
+        torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

@@ -22,7 +22,7 @@ class ParityDenoiser:
 
     mask_token_id = 2
 
-    def __call__(self, tokens, condition, where=None):
+    def __call__(self, tokens, condition):
         ones = torch.zeros(*tokens.shape, 2)
         ones[:, 0, 0] = 1e-3  # the surest, so that the others have ranks 1 to 3
         for place in (1, 2, 3):
@@ -143,7 +143,7 @@ def test_self_correction_masks_the_doubted_token_again_and_keeps_to_the_schedule
         denoise = Recorder(logits)
         denoiser = denoise.denoiser
 
-        def changing_its_mind(tokens, condition, where=None):
+        def changing_its_mind(tokens, condition):
             answer = denoiser(tokens, condition).clone()
             answer[tokens[:, 0] != 9, 0] = torch.eye(9)[5] * 20
             return answer
