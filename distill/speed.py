@@ -236,7 +236,8 @@ class LossPath:
         self.baseline.student_loss(self.condition)[0].backward()
         self.baseline.auxiliary_loss(self.condition).backward()
 
-    def ours(self, method: DiMO) -> None:
+    def ours(self, compiled: bool = False) -> None:
+        method = self.compiled if compiled else self.method
         generator = sample_generators(0, places=range(len(self.condition)))
         losses, _ = method.losses(self.networks, method.updates[0], self.condition, generator)
         torch.stack(list(losses.values())).sum().backward()
@@ -245,8 +246,8 @@ class LossPath:
         """A row for each: median seconds over interleaved rounds, and the peak of the memory that its tensors held."""
         calls: dict[str, Callable[[], None]] = {
             "plain": self.plain,
-            "ours": partial(self.ours, self.method),
-            "compiled": partial(self.ours, self.compiled),
+            "ours": self.ours,
+            "compiled": partial(self.ours, compiled=True),
         }
         peaks = {}
         for name, call in calls.items():

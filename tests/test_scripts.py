@@ -39,11 +39,23 @@ def test_from_run_to_samples_measurements_and_timings(command):
     assert result["nfe"] == 1
 
     both = ["--teacher", "teacher", "--student", "one"]
-    arguments = [*both, "--steps", 1, 2, "--batch-sizes", 2, "--num-repeats", 1, "--variants", "bfloat16"]
+    arguments = [
+        *both,
+        "--steps",
+        1,
+        2,
+        "--batch-sizes",
+        2,
+        "--num-repeats",
+        1,
+        "--variants",
+        "bfloat16",
+        "channels last",
+    ]
     status, last, _ = command("benchmark.py", "sample", *arguments)
     assert status == 0
     rows = json.loads(last)["rows"]
-    assert len(rows) == 8
+    assert len(rows) == 10
     operations = {row["name"]: row["gflop"] for row in rows if not row["decode"]}
     assert operations["teacher, 2 steps"] == 2 * operations["student"] == 2 * operations["student, bfloat16"]
     assert command("benchmark.py", "sample", "--teacher", "teacher")[0] == 2
@@ -120,5 +132,5 @@ def test_the_step_and_its_loss_are_measured_against_the_authors_order(command):
 
     status, last, errors = command("benchmark.py", "loss", *size, "--codebook-sizes", 2048, "--hidden-size", 16)
     assert status == 0, errors
-    plain, ours = json.loads(last)["rows"]
-    assert ours["peak_memory_mib"] < plain["peak_memory_mib"]
+    plain, ours, compiled = json.loads(last)["rows"]
+    assert compiled["peak_memory_mib"] <= ours["peak_memory_mib"] < plain["peak_memory_mib"]

@@ -425,7 +425,7 @@ def test_a_teacher_needs_labels(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_compiled_layers_give_the_same_run(run, monkeypatch, rank):
-    """Compiled as far as a graph; what a compiler makes of it is not this project's."""
+    """Layers as far as a graph: what a compiler makes of one is not this project's. The gradient's sums move."""
     plain, lines, _ = run("plain", f"adapter_rank={rank}")
     counter, compile_blocks = CompileCounter(), MaskGITTransformer.compile_repeated_blocks
     monkeypatch.setattr(
@@ -435,5 +435,5 @@ def test_compiled_layers_give_the_same_run(run, monkeypatch, rank):
     compiled, compiled_lines, _ = run("compiled", f"adapter_rank={rank}", "training.compile=true")
     assert counter.frame_count > 0
     assert compiled.keys() == plain.keys()
-    assert furthest(plain, compiled) < 1e-5
+    assert furthest(plain, compiled) < 1e-4
     assert lines[-1]["divergence"] == pytest.approx(compiled_lines[-1]["divergence"], rel=1e-3)
