@@ -52,8 +52,9 @@ def divergence_gradient(
     """The gradient (M, V) of the Jeffreys divergence with respect to the auxiliary's logits (M, V).
 
     (1 - b) (p_a - p_t) + b p_a (log p_a - log p_t - KL(a || t)), Eq. 16, worked out in float32, some rows at a time,
-    and written to `out`, which may be the teacher's logits.
+    and written to `out`, which may be the teacher's logits. `compiled` has torch.compile fuse the work on those rows.
     """
+    # What is compiled writes to none of its inputs: these may be views of one memory, which torch.compile gets wrong.
     gradient = torch.empty_like(auxiliary_logits) if out is None else out
     chunk = CPU_CHUNK if gradient.device.type == "cpu" else GPU_CHUNK
     num_rows = max(1, chunk // gradient.shape[-1])

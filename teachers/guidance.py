@@ -22,18 +22,18 @@ def guide(
     counted through the batch as b L + l, the logits are theirs (M, V).
     """
     if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
-        return denoiser(tokens, condition, **_only(where))
+        return denoiser(tokens, condition, **_places(where))
     both = Condition.concatenate([condition, condition.null()])
     if where is not None:
         where = torch.cat([where, where + tokens.numel()])
-    logits = denoiser(torch.cat([tokens, tokens]), both, **_only(where))
+    logits = denoiser(torch.cat([tokens, tokens]), both, **_places(where))
     conditional, unconditional = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     if isinstance(guidance_scale, torch.Tensor):
         guidance_scale = guidance_scale.to(conditional)[:, None, None]
     return unconditional.lerp_(conditional, guidance_scale)  # in place, for memory
 
 
-def _only(where: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _places(where: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Samplers ask of a denoiser no more than (tokens, condition): any masked model is one to them."""
     return {} if where is None else {"where": where}
 
