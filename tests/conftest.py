@@ -8,7 +8,7 @@ import torch
 from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
 from teachers.data import DataConfig, load_data
 
-pytest_plugins = ["captioned"]
+pytest_plugins = ["captioned", "student_runs"]
 
 SHARED = Path(__file__).parents[2] / "shared"
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -1,0 +1,42 @@
+"""Student jobs on the tiny teacher, run in this process."""
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from distill.config import load_config
+from distill.student_job import StudentJob, load_student, train_student
+
+
+@pytest.fixture
+def run(teacher, tmp_path):
+    """Runs a student job; returns its averaged weights and its metrics."""
+    teacher.save_pretrained(tmp_path / "teacher")
+
+    def run(name, *overrides, monitor=None):
+        job = load_config(
+            StudentJob,
+            overrides=[
+                f"teacher={tmp_path / 'teacher'}",
+                f"output={tmp_path / name}",
+                "training.num_steps=6",
+                "training.batch_size=8",
+                "training.tracker=none",
+                "training.log_every=1",
+                "training.warmup_steps=2",
+                "training.learning_rate=0.01",
+                *overrides,
+            ],
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would have its own
+        train_student(job, monitor)
+        pipeline, _, step = load_student(tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return pipeline.denoiser.state_dict(), lines, step
+
+    return run
+
+
+def furthest(first, second):
+    return max((first[key] - second[key]).abs().max().item() for key in first)
