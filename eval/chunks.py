@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
 from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
-from teachers.prompts import clean_prompts, tokenize
+from teachers.conditions.prompts import clean_prompts, tokenize
 
 NUM_CAPTIONS = 32
 BATCH_SIZE = 256

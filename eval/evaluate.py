@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators

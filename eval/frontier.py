@@ -13,7 +13,7 @@ from eval.evaluate import Reference
 from eval.speed import measure_speed, sampler_overhead
 from eval.tuning import Grid, tune_and_measure
 from students.pipeline import OneStepPipeline
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.progress import progress_bar
 from teachers.samplers import (

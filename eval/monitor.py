@@ -15,12 +15,12 @@ from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, gather_rows, generate
 from eval.inception import InceptionFeatures
 from students.export import image_grid, sample_grid
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
+from teachers.conditions.prompt_cache import PromptCache
 from teachers.data import DataConfig, load_data
+from teachers.objectives.vq import codebook_use
 from teachers.pipeline import TokenPipeline
-from teachers.prompt_cache import PromptCache
-from teachers.vq import VQTokenizer
-from teachers.vq_objective import codebook_use
+from teachers.tokenizers.vq import VQTokenizer
 
 NUM_IMAGES = 1000
 

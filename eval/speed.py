@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
 from teachers.cost import decoder_flops, forward_flops, matmul_rate, peak_memory, reset_peak_memory, synchronize
 from teachers.pipeline import TokenPipeline, all_classes
 

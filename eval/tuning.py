@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from eval.evaluate import Reference, generate
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
 from teachers.pipeline import TokenPipeline
 
 TUNING_SEED, REPORT_SEED = 0, 1

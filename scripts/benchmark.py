@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from distill.command import run
+from distill.benchmark.step import LossPath, StepBenchmark, loss_table, step_table
 from distill.config import load_config
-from distill.speed import LossPath, StepBenchmark, loss_table, step_table
-from distill.training_config import TrainingConfig
+from distill.jobs.command import run
+from distill.loop.config import TrainingConfig
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference
 from eval.frontier import (
@@ -46,11 +46,11 @@ from students.initialisation import TokenInitialiser
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
 from teachers import samplers
+from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.cost import num_parameters
 from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.prompts import PromptConfig, Prompts, load_prompts
-from teachers.released_sizes import random_pipeline
+from teachers.released.sizes import random_pipeline
 
 STEPS = [1, 2, 4, 8, 16, 32]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from distill.command import run
 from distill.config import describe, load_config
+from distill.jobs.command import run
 from teachers.data import DataConfig, load_data
-from teachers.token_cache import load_tokenizer, write_token_cache
+from teachers.tokenizers.token_cache import load_tokenizer, write_token_cache
 
 
 def main() -> None:

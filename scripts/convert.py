@@ -13,16 +13,16 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from distill.command import run
+from distill.jobs.command import run
 from students.initialisation import TokenInitialiser
 from students.pipeline import OneStepPipeline
-from teachers.convert import convert_halton_maskgit, convert_maskgit
-from teachers.convert_vq import convert_llamagen_vq, convert_taming_vq
 from teachers.cost import cost_summary
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.released import find_file, read_checkpoint
-from teachers.released_sizes import RELEASED, random_pipeline
+from teachers.released.checkpoint import find_file, read_checkpoint
+from teachers.released.convert import convert_halton_maskgit, convert_maskgit
+from teachers.released.convert_vq import convert_llamagen_vq, convert_taming_vq
+from teachers.released.sizes import RELEASED, random_pipeline
 from teachers.samplers import HaltonSampler, MaskGITSampler
 
 

@@ -11,8 +11,8 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from distill.command import run
 from distill.config import load_config
+from distill.jobs.command import run
 from eval.evaluate import generate
 from eval.monitor import reference_for
 from students.loading import load_pipeline

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from distill.command import run
-from distill.launch import run_processes
+from distill.jobs.command import run
+from distill.loop.launch import run_processes
 from eval.chunks import claim, write_chunks
 from eval.imagenet import measure, read_images, read_statistics
 from eval.inception import InceptionFeatures

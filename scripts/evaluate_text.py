@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from distill.command import run
 from distill.config import load_config
-from distill.launch import run_processes
+from distill.jobs.command import run
+from distill.loop.launch import run_processes
 from eval.chunks import claim, read_chunks, write_chunks
 from eval.clip_score import ClipFeatures
 from eval.distances import Gaussian, frechet_distance
 from eval.imagenet import read_statistics
 from eval.inception import InceptionFeatures
 from students.loading import load_pipeline
+from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.data import DataConfig, load_data
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.prompts import PromptConfig, Prompts, load_prompts
 
 
 def main() -> None:

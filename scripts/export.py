@@ -12,10 +12,10 @@ from pathlib import Path
 import diffusers
 import torch
 
-from distill.command import run
-from distill.student_job import load_student
+from distill.jobs.command import run
+from distill.jobs.student import load_student
 from students.export import export_student
-from teachers.prompts import load_prompts
+from teachers.conditions.prompts import load_prompts
 
 
 def main() -> None:

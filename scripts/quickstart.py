@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from distill.command import run
 from distill.config import load_config, to_yaml
-from distill.stages import Stages, launch
-from distill.student_job import load_job, load_student
-from distill.teacher_job import TeacherJob
+from distill.jobs.command import run
+from distill.jobs.stages import Stages, launch
+from distill.jobs.student import load_job, load_student
+from distill.jobs.teacher import TeacherJob
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
 from eval.monitor import real_images, reference_for
@@ -33,10 +33,10 @@ from eval.tuning import Grid, tune_and_measure
 from students.export import image_grid
 from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
-from teachers.condition import Conditions
+from teachers.conditions.condition import Conditions
+from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.data import load_data
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
-from teachers.prompts import PromptConfig, Prompts, load_prompts
 
 QUICK = Grid(
     temperatures=(1.0, 0.8, 0.6, 0.4),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from distill.command import run
+from distill.jobs.command import run
 from students.export import image_grid
 from students.loading import load_pipeline
-from teachers.condition import Condition
+from teachers.conditions.condition import Condition
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline
 from teachers.randomness import sample_generators
 

@@ -3,10 +3,10 @@
 accelerate launch scripts/train_clip.py --config configs/emoji/clip.yaml
 """
 
-from distill.clip_job import CLIPJob, train_clip
-from distill.command import run
 from distill.config import parse_arguments
-from distill.launch import run_processes
+from distill.jobs.clip import CLIPJob, train_clip
+from distill.jobs.command import run
+from distill.loop.launch import run_processes
 from eval.monitor import RetrievalMonitor
 
 

@@ -5,10 +5,10 @@ accelerate launch scripts/train_student.py --config configs/digits/student.yaml 
 
 from pathlib import Path
 
-from distill.command import run
 from distill.config import parse_arguments
-from distill.launch import run_processes
-from distill.student_job import StudentJob, train_student
+from distill.jobs.command import run
+from distill.jobs.student import StudentJob, train_student
+from distill.loop.launch import run_processes
 from eval.monitor import SampleMonitor
 
 

@@ -5,10 +5,10 @@ accelerate launch scripts/train_teacher.py --config configs/digits/teacher.yaml 
 
 from pathlib import Path
 
-from distill.command import run
 from distill.config import parse_arguments
-from distill.launch import run_processes
-from distill.teacher_job import TeacherJob, train_teacher
+from distill.jobs.command import run
+from distill.jobs.teacher import TeacherJob, train_teacher
+from distill.loop.launch import run_processes
 from eval.monitor import SampleMonitor
 
 

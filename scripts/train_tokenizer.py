@@ -5,10 +5,10 @@ accelerate launch scripts/train_tokenizer.py --config configs/mnist/tokenizer.ya
 
 from pathlib import Path
 
-from distill.command import run
 from distill.config import parse_arguments
-from distill.launch import run_processes
-from distill.tokenizer_job import TokenizerJob, train_tokenizer
+from distill.jobs.command import run
+from distill.jobs.tokenizer import TokenizerJob, train_tokenizer
+from distill.loop.launch import run_processes
 from eval.monitor import ReconstructionMonitor
 
 

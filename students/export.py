@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from students.pipeline import OneStepPipeline
-from teachers.condition import Condition
+from teachers.conditions.condition import Condition
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators

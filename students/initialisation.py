@@ -12,7 +12,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from teachers.condition import ClassCondition, Condition, Conditions
+from teachers.conditions.condition import ClassCondition, Condition, Conditions
 from teachers.corruption import random_mask
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.randomness import Generators, invert_cumulative, rand, randn

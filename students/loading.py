@@ -5,7 +5,7 @@ from pathlib import Path
 
 from students.pipeline import OneStepPipeline
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.published import is_published
+from teachers.released.published import is_published
 
 PIPELINES = {"MaskedDiffusionPipeline": MaskedDiffusionPipeline, "OneStepPipeline": OneStepPipeline}
 

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from students.initialisation import TokenInitialiser
-from teachers.condition import Condition
+from teachers.conditions.condition import Condition
 from teachers.pipeline import Denoiser, ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
 from teachers.randomness import Generators, sample_tokens
 

@@ -1,8 +1,8 @@
 """Masked diffusion models: networks, tokenizers, corruption, samplers, training objectives."""
 
-from teachers.condition import Condition
-from teachers.halton_network import HaltonMaskGITTransformer
-from teachers.network import MaskGITTransformer
+from teachers.conditions.condition import Condition
+from teachers.networks.halton import HaltonMaskGITTransformer
+from teachers.networks.maskgit import MaskGITTransformer
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.samplers import (
     ConfidenceThresholdSampler,
@@ -14,8 +14,8 @@ from teachers.samplers import (
     ReMDMSampler,
     SelfCorrectionSampler,
 )
-from teachers.tokenizer import PatchTokenizer
-from teachers.vq import VQTokenizer
+from teachers.tokenizers.patch import PatchTokenizer
+from teachers.tokenizers.vq import VQTokenizer
 
 __all__ = [
     "Condition",

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from teachers.condition import ClassCondition, Condition, TextCondition
+from teachers.conditions.condition import ClassCondition, Condition, TextCondition
 
 NUM_TEXT_TOKENS = 77  # CLIP's
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from teachers.condition import Condition
+from teachers.conditions.condition import Condition
 from teachers.randomness import shape_logits
 
 

@@ -15,18 +15,18 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from teachers.amused import AmusedDenoiser
-from teachers.condition import ClassCondition, ClassLabels, Condition, TextCondition
+from teachers.conditions.condition import ClassCondition, ClassLabels, Condition, TextCondition
+from teachers.conditions.prompts import encode_prompts, micro_conditions
 from teachers.guidance import GuidedDenoiser, guide
-from teachers.halton_network import HaltonMaskGITTransformer
-from teachers.meissonic_network import MeissonicTransformer
-from teachers.network import MaskGITTransformer
-from teachers.prompts import encode_prompts, micro_conditions
-from teachers.published import is_published, published_components
+from teachers.networks.amused import AmusedDenoiser
+from teachers.networks.halton import HaltonMaskGITTransformer
+from teachers.networks.maskgit import MaskGITTransformer
+from teachers.networks.meissonic import MeissonicTransformer
 from teachers.randomness import Generators
+from teachers.released.published import is_published, published_components
 from teachers.samplers.sampler import Sampler
-from teachers.tokenizer import PatchTokenizer
-from teachers.vq import VQTokenizer
+from teachers.tokenizers.patch import PatchTokenizer
+from teachers.tokenizers.vq import VQTokenizer
 
 ClassDenoiser = MaskGITTransformer | HaltonMaskGITTransformer
 TextDenoiser = AmusedDenoiser | MeissonicTransformer

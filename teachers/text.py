@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from teachers.condition import NO_CLASS, ClassCondition, Condition
+from teachers.conditions.condition import NO_CLASS, ClassCondition, Condition
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators
 from teachers.samplers.sampler import Sampler

@@ -5,8 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from distill.clip_job import CLIPJob, train_clip
 from distill.config import load_config
+from distill.jobs.clip import CLIPJob, train_clip
 from eval.monitor import RetrievalMonitor
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}

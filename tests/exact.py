@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import nn
 
-from teachers.condition import Condition
+from teachers.conditions.condition import Condition
 
 LENGTH, CODEBOOK_SIZE = 5, 3
 MODES = ((0, 1, 2, 0, 1), (1, 2, 0, 1, 2), (2, 0, 1, 2, 0), (0, 0, 2, 2, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teachers.condition import ClassCondition, Condition
+from teachers.conditions.condition import ClassCondition, Condition
 from teachers.guidance import GuidedDenoiser
 
 

@@ -6,7 +6,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from distill.config import load_config
-from distill.student_job import StudentJob, load_student, train_student
+from distill.jobs.student import StudentJob, load_student, train_student
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distill.config import load_config
-from distill.student_job import StudentJob, load_teacher
+from distill.jobs.student import StudentJob, load_teacher
 from eval import inception
 from teachers import MaskedDiffusionPipeline
+from teachers.conditions.prompts import PromptConfig, clean_prompts, load_prompts
 from teachers.data import DataConfig, load_data
-from teachers.prompts import PromptConfig, clean_prompts, load_prompts
-from teachers.released import read_checkpoint
+from teachers.released.checkpoint import read_checkpoint
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 
@@ -105,10 +105,10 @@ def test_weights_that_are_no_numbers_are_refused(folder, value):
         ("denoiser", ["evil", "MaskGITTransformer"]),
         ("denoiser", ["teachers.evil", "Network"]),
         ("denoiser", ["diffusers", "UNet2DModel"]),
-        ("denoiser", ["teachers.released", "read_checkpoint"]),
+        ("denoiser", ["teachers.released.checkpoint", "read_checkpoint"]),
         ("sampler", ["os", "system"]),
-        ("../outside", ["teachers.network", "MaskGITTransformer"]),
-        ("/etc", ["teachers.network", "MaskGITTransformer"]),
+        ("../outside", ["teachers.networks.maskgit", "MaskGITTransformer"]),
+        ("/etc", ["teachers.networks.maskgit", "MaskGITTransformer"]),
         ("tokenizer", ["transformers", "AutoTokenizer"]),
     ],
 )

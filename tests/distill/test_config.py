@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from distill.config import load_config, parse_arguments, to_yaml
-from distill.student_job import StudentJob
-from distill.teacher_job import TeacherJob
+from distill.jobs.student import StudentJob
+from distill.jobs.teacher import TeacherJob
 
 
 def written(tmp_path, text):

@@ -5,7 +5,7 @@ import os
 import runpy
 from pathlib import Path
 
-from distill.dimo import DiMO
+from distill.methods.dimo import DiMO
 
 losses, steps = DiMO.losses, []
 

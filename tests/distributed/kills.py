@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import newest_checkpoint
 from distill.config import load_config
-from distill.student_job import StudentJob, train_student
+from distill.jobs.student import StudentJob, train_student
+from distill.loop.checkpoint import newest_checkpoint
 from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
 
 NUM_STEPS = 120
@@ -39,7 +39,7 @@ def make_teacher(folder: Path) -> None:
 def distil(folder: Path, run: Path) -> None:
     resume = any((run / "checkpoints").glob("step-*"))
     if not resume:
-        shutil.rmtree(run, ignore_errors=True)  # as distill.stages.launch does
+        shutil.rmtree(run, ignore_errors=True)  # as distill.jobs.stages.launch does
     settings = [f"teacher={folder / 'teacher'}", f"output={run}", f"training.resume={str(resume).lower()}"]
     settings += [f"training.num_steps={NUM_STEPS}", "training.batch_size=8", "training.log_every=1"]
     settings += ["training.checkpoint_every=2", "training.tracker=none", "initial.embedding_noise=0.1"]

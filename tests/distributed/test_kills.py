@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from distill.checkpoint import newest_checkpoint, save_checkpoint, verify_checkpoint
+from distill.loop.checkpoint import newest_checkpoint, save_checkpoint, verify_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

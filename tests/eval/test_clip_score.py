@@ -6,8 +6,8 @@ import torch
 from tiny_text import amused_folder
 from transformers import CLIPModel, CLIPProcessor
 
-from distill.clip_job import CLIPJob, train_clip
 from distill.config import load_config
+from distill.jobs.clip import CLIPJob, train_clip
 from eval.clip_score import ClipFeatures, clip_score, retrieval_accuracy
 from teachers.data import DataConfig, load_data
 

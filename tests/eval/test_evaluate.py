@@ -11,7 +11,7 @@ from eval.monitor import SampleMonitor, reference_for
 from eval.speed import measure_speed
 from eval.tuning import REPORT_SEED, TUNING_SEED, Grid, tune_and_measure
 from students import OneStepPipeline, TokenInitialiser
-from teachers.condition import ClassLabels
+from teachers.conditions.condition import ClassLabels
 from teachers.data import DataConfig, load_data
 
 

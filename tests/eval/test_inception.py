@@ -11,7 +11,7 @@ from eval import imagenet, inception
 from eval.chunks import write_chunks
 from eval.distances import Gaussian, frechet_distance, inception_score
 from eval.evaluate import generate
-from teachers.condition import ClassLabels
+from teachers.conditions.condition import ClassLabels
 
 NUM_CLASSES = 7
 

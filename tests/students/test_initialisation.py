@@ -4,8 +4,8 @@ from tiny_text import amused_folder
 
 from students.initialisation import TokenInitialiser, perturb_embeddings, teacher_marginals
 from teachers import MaskedDiffusionPipeline
+from teachers.conditions.prompts import Prompts
 from teachers.pipeline import all_classes
-from teachers.prompts import Prompts
 from teachers.randomness import sample_generators
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from teachers.cost import cost_summary, decoder_flops, forward_flops, num_parameters
-from teachers.released_sizes import RELEASED, random_pipeline
+from teachers.released.sizes import RELEASED, random_pipeline
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from teachers import MaskedDiffusionPipeline
-from teachers.condition import NO_CLASS, ClassCondition, Condition
+from teachers.conditions.condition import NO_CLASS, ClassCondition, Condition
 
 
 def test_a_saved_pipeline_makes_the_same_images(teacher, tmp_path):

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 
 from teachers import FirstHittingSampler, MaskGITSampler, PUNTSampler
-from teachers.condition import ClassCondition
+from teachers.conditions.condition import ClassCondition
 from teachers.text import MaskedLanguageDenoiser, fill_in_text
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,0 +1,1 @@
+"""The training step against the order of the authors' loop."""

@@ -1,0 +1,287 @@
+"""How fast a training step is, what memory it takes, and the same of its loss alone, against the authors' loop.
+
+Shapes: B batch, L tokens, M masked tokens of the batch, D hidden size, V codebook size.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.benchmark.baseline import BaselineStep
+from distill.jobs.student import make_learner
+from distill.loop.accelerator import make_accelerator
+from distill.loop.config import TrainingConfig
+from distill.loop.trainer import Trainer
+from distill.methods.dimo import DiMO, DiMOConfig
+from students.initialisation import TokenInitialiser
+from teachers.conditions.condition import ClassCondition
+from teachers.cost import matmul_rate, synchronize
+from teachers.networks.maskgit import MaskGITTransformer
+from teachers.pipeline import Denoiser
+from teachers.randomness import rand, sample_generators
+
+NUM_CLASSES = 1000
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made within it held at once; what an operation takes for itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known:
+            return
+        self._known.add(address)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.held -= size
+
+
+class StepBenchmark:
+    """Training steps of Di[M]O on an untrained class-conditional MaskGIT.
+
+    Args:
+        settings: of the training loop: mixed precision, compiled layers.
+    """
+
+    def __init__(
+        self,
+        token_grid: tuple[int, int],
+        codebook_size: int,
+        hidden_size: int,
+        num_layers: int,
+        guidance_scale: float,
+        settings: TrainingConfig,
+        folder: Path,
+    ):
+        self.guidance_scale, self.settings, self.folder = guidance_scale, settings, folder
+        self.accelerator = make_accelerator(settings, folder)
+        self.device = self.accelerator.device
+        self.teacher = make_teacher(token_grid, codebook_size, hidden_size, num_layers).to(self.device)
+        self.initialiser = TokenInitialiser(token_grid, codebook_size, NUM_CLASSES, codebook_size).to(self.device)
+        if settings.compile:
+            self.teacher.compile_repeated_blocks()
+
+    def baseline(self) -> Callable[[], None]:
+        """A step in the order of the authors' loop."""
+        networks: dict[str, nn.Module] = dict(self._learners())
+        labels = torch.randint(NUM_CLASSES, (self.settings.batch_size,), device=self.device)
+        step = BaselineStep(self.teacher, self.initialiser, self.guidance_scale, networks)
+
+        def call() -> None:
+            with self.accelerator.autocast():
+                step(ClassCondition(labels))
+
+        return call
+
+    def ours(self, auxiliary_samples: str = "shared", adapter_rank: int = 0) -> Callable[[], None]:
+        """A step of this project's own loop."""
+        networks = self._learners(adapter_rank)
+        config = DiMOConfig(guidance_scale=self.guidance_scale, auxiliary_samples=auxiliary_samples)
+        trainer = Trainer(
+            self.settings,
+            self.accelerator,
+            DiMO(config, self.teacher, self.initialiser, compiled=self.settings.compile),
+            networks,
+            dict.fromkeys(networks, self.settings.learning_rate),
+            "student",
+            self._draw_condition,
+            self.folder,
+        )
+        return partial(trainer.train_step, measured=False)  # type: ignore[return-value]
+
+    def _learners(self, adapter_rank: int = 0) -> dict[str, Denoiser]:
+        names = ("student", "auxiliary")
+        networks = {name: make_learner(self.teacher, True, adapter_rank=adapter_rank) for name in names}
+        if self.settings.compile:
+            for network in networks.values():
+                network.compile_repeated_blocks()
+        return networks
+
+    def _draw_condition(self, step: int, places: range, generator: list[torch.Generator]) -> ClassCondition:
+        uniform = rand(len(places), 1, generator=generator, device=self.device).squeeze(1)
+        return ClassCondition((uniform * NUM_CLASSES).long())
+
+    def measure(self, builders: dict[str, Callable[[], Callable[[], None]]], num_repeats: int) -> list[dict[str, Any]]:
+        """A row for each step: median seconds over interleaved rounds, memory, operations, and what bounds them."""
+        weights = sum(parameter.nbytes for parameter in self.teacher.parameters())
+        steps, peaks = {}, {}
+        for name, build in builders.items():
+            with PeakMemory() as memory:  # of weights, moments and averages too
+                steps[name] = build()
+                steps[name]()
+                steps[name]()
+            peaks[name] = weights + memory.peak
+        flops = {}
+        for name, step in steps.items():
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+                step()
+            flops[name] = counter.get_total_flops()
+        seconds = interleaved(steps, num_repeats, self.device)
+        dtype = torch.bfloat16 if self.settings.mixed_precision == "bf16" else torch.float32
+        rate = matmul_rate(self.device, dtype)
+        rows = []
+        for name in steps:
+            bound = flops[name] / rate
+            rows.append(
+                {
+                    "name": name,
+                    "seconds_median": seconds[name],
+                    "samples_per_second": self.settings.batch_size / seconds[name],
+                    "peak_memory_mib": peaks[name] / 2**20,
+                    "gflop": flops[name] / 1e9,
+                    "seconds_at_matmul_rate": bound,
+                    "utilisation": bound / seconds[name],
+                }
+            )
+        return rows
+
+
+def make_teacher(token_grid: tuple[int, int], codebook_size: int, hidden_size: int, num_layers: int) -> Denoiser:
+    """An untrained class-conditional MaskGIT, frozen."""
+    network = MaskGITTransformer(
+        codebook_size,
+        NUM_CLASSES,
+        token_grid,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        mlp_size=4 * hidden_size,
+    )
+    return network.eval().requires_grad_(False)
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], num_repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each call, one of each in a round, so that a slow spell hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(num_repeats):
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+class _Head(nn.Module):
+    """The output layer of a denoiser, on hidden states that do not depend on its input."""
+
+    def __init__(self, shape: tuple[int, int, int], codebook: torch.Tensor, mask_token_id: int):
+        super().__init__()
+        self.hidden, self.codebook = nn.Parameter(torch.randn(shape)), codebook
+        self.mask_token_id = mask_token_id
+
+    def forward(
+        self, tokens: torch.Tensor, condition: object, perturb: None = None, where: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden = self.hidden.repeat(len(tokens) // len(self.hidden), 1, 1)
+        return (hidden if where is None else hidden.flatten(0, 1)[where]) @ self.codebook.T
+
+
+class LossPath:
+    """From the last hidden states of student, teacher, auxiliary to their gradients: in the authors' order, and ours.
+
+    What computes the hidden states is left out, and their gradients go no further.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        token_grid: tuple[int, int],
+        codebook_size: int,
+        hidden_size: int,
+        guidance_scale: float,
+    ):
+        shape = (batch_size, token_grid[0] * token_grid[1], hidden_size)
+        codebook = torch.randn(codebook_size, hidden_size) / hidden_size**0.5
+        self.networks: dict[str, nn.Module] = {
+            name: _Head(shape, codebook, codebook_size) for name in ("student", "auxiliary")
+        }
+        self.teacher = _Head(shape, codebook, codebook_size).requires_grad_(False)
+        self.condition = ClassCondition(torch.zeros(batch_size, dtype=torch.long))
+        self.initialiser = TokenInitialiser(token_grid, codebook_size, 1, codebook_size)
+        config = DiMOConfig(guidance_scale=guidance_scale)
+        self.method = DiMO(config, self.teacher, self.initialiser)
+        self.compiled = DiMO(config, self.teacher, self.initialiser, compiled=True)
+        self.baseline = BaselineStep(self.teacher, self.initialiser, guidance_scale, self.networks)
+
+    def plain(self) -> None:
+        self.baseline.student_loss(self.condition)[0].backward()
+        self.baseline.auxiliary_loss(self.condition).backward()
+
+    def ours(self, compiled: bool = False) -> None:
+        method = self.compiled if compiled else self.method
+        generator = sample_generators(0, places=range(len(self.condition)))
+        losses, _ = method.losses(self.networks, method.updates[0], self.condition, generator)
+        torch.stack(list(losses.values())).sum().backward()
+
+    def measure(self, num_repeats: int) -> list[dict[str, Any]]:
+        """A row for each: median seconds over interleaved rounds, and the peak of the memory that its tensors held."""
+        calls: dict[str, Callable[[], None]] = {
+            "plain": self.plain,
+            "ours": self.ours,
+            "compiled": partial(self.ours, compiled=True),
+        }
+        peaks = {}
+        for name, call in calls.items():
+            call()  # for what is compiled
+            with PeakMemory() as memory:
+                call()
+            peaks[name] = memory.peak
+        seconds = interleaved(calls, num_repeats, torch.device("cpu"))
+        return [
+            {"name": name, "seconds_median": seconds[name], "peak_memory_mib": peaks[name] / 2**20} for name in calls
+        ]
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text; ratios are to the first."""
+    first = rows[0]
+    lines = [
+        f"{'step':24} {'median s':>9} {'samples/s':>10} {'ratio':>6} {'peak MiB':>9} {'ratio':>6} {'GFLOP':>8} "
+        f"{'bound s':>8} {'of bound':>9}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['name']:24} {row['seconds_median']:9.3f} {row['samples_per_second']:10.2f} "
+            f"{row['samples_per_second'] / first['samples_per_second']:6.2f} {row['peak_memory_mib']:9.0f} "
+            f"{row['peak_memory_mib'] / first['peak_memory_mib']:6.2f} {row['gflop']:8.1f} "
+            f"{row['seconds_at_matmul_rate']:8.3f} {row['utilisation']:9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def loss_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{'codebook':>8} {'path':8} {'median ms':>10} {'peak MiB':>9}"]
+    for row in rows:
+        milliseconds = 1e3 * row["seconds_median"]
+        lines.append(f"{row['codebook_size']:8} {row['name']:8} {milliseconds:10.1f} {row['peak_memory_mib']:9.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""The job that distils a teacher into a one-step student with Di[M]O."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from distill.config import load_config, section, setting, to_yaml
+from distill.loop.accelerator import make_accelerator
+from distill.loop.alarms import AlarmConfig, Alarms
+from distill.loop.checkpoint import best_checkpoint, claim_output, newest_checkpoint, verify_checkpoint
+from distill.loop.config import TrainingConfig
+from distill.loop.state import restore, trained_parameters
+from distill.loop.trainer import AVERAGED, Trainer
+from distill.methods.dimo import DiMO, DiMOConfig
+from students.adapters import merged, with_adapters
+from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
+from students.pipeline import OneStepPipeline
+from teachers.conditions.condition import Condition, Conditions
+from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
+from teachers.conditions.prompts import PromptConfig, load_prompts
+from teachers.cost import cost_summary
+from teachers.data import DataConfig
+from teachers.folder import new_folder
+from teachers.networks.recompute import recompute_activations
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline, all_classes
+from teachers.randomness import derive_seed, rand
+
+
+@dataclass
+class InitialConfig:
+    """What the student starts from."""
+
+    mask_ratio: tuple[float, float] = setting((0.6, 0.6), "lowest and highest share of masks, drawn for each sample")
+    random_tokens: str = setting("marginal", "the other tokens: uniform (the paper), or the teacher's marginal")
+    embedding_noise: float = setting(0.0, "sigma of sqrt(1 - s^2) e + s n on the token embeddings")
+    noise_scale: str = setting("embedding", "size of n: embedding (their RMS), or unit (the paper)")
+
+    def __post_init__(self) -> None:
+        lowest, highest = self.mask_ratio
+        if not 0 <= lowest <= highest <= 1:
+            raise ValueError(f"initial.mask_ratio={[lowest, highest]} must be ordered and within [0, 1]")
+        if not 0 <= self.embedding_noise <= 1:
+            raise ValueError(f"initial.embedding_noise={self.embedding_noise} must be in [0, 1]")
+        for name, known in [("random_tokens", RANDOM_TOKENS), ("noise_scale", NOISE_SCALES)]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"initial.{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
+
+
+@dataclass
+class StudentJob:
+    """Distil a teacher into a one-step student."""
+
+    teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
+    output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
+    auxiliary_learning_rate: float = setting(1e-3, "about five times the student's: the auxiliary has to follow it")
+    adapter_rank: int = setting(0, "learn LoRA adapters of this rank on the teacher's frozen weights; 0: all weights")
+    freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
+    method: DiMOConfig = section(DiMOConfig, "Di[M]O")
+    initial: InitialConfig = section(InitialConfig, "initial tokens")
+    training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
+    alarms: AlarmConfig = section(AlarmConfig, "what tells that it has gone wrong")
+    prompts: PromptConfig = section(PromptConfig, "what a teacher conditioned on text is distilled on")
+    negative_prompt: str = setting("", "what its guidance leads away from; empty: the teacher's own")
+    monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of prompts during training")
+
+    def __post_init__(self) -> None:
+        if self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank={self.adapter_rank} must be 0 or more")
+        if not self.auxiliary_learning_rate > 0:
+            raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
+
+
+Monitor = Callable[[OneStepPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
+
+
+def load_teacher(name: str) -> MaskedDiffusionPipeline:
+    """The teacher of a local folder or hub id; a missing one is a FileNotFoundError."""
+    try:
+        return MaskedDiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no MaskedDiffusionPipeline at {name} (a folder with model_index.json, or a hub id): {error}"
+        ) from error
+
+
+def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
+    """Run the job; `monitor(pipeline, conditions, step, heartbeat)` measures the averaged student now and then.
+
+    False if interrupted.
+    """
+    output = Path(job.output)
+    teacher = load_teacher(job.teacher)
+    accelerator = make_accelerator(job.training, output)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim_output(output, job.training.resume)
+            (output / "config.yaml").write_text(to_yaml(job))
+
+    accelerator.print(cost_summary(teacher))
+
+    # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
+    teacher.to(accelerator.device)
+    teacher.denoiser.eval().requires_grad_(False)
+    with accelerator.main_process_first():
+        conditions = open_conditions(job, teacher, output)
+        initialiser = make_initialiser(job, teacher, conditions, output)
+    torch.manual_seed(derive_seed(job.training.seed, "adapters"))
+    student, auxiliary = (
+        make_learner(teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing, job.adapter_rank)
+        for _ in range(2)
+    )
+    if job.training.compile:
+        for network in (teacher.denoiser, student, auxiliary):
+            network.compile_repeated_blocks()
+
+    def pipeline(network: Denoiser) -> OneStepPipeline:
+        return OneStepPipeline(merged(network), teacher.tokenizer, initialiser).to(accelerator.device)
+
+    def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        assert monitor is not None
+        return monitor(pipeline(network), conditions, step, heartbeat)
+
+    def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
+        uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
+        return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
+
+    trainer = Trainer(
+        job.training,
+        accelerator,
+        DiMO(job.method, teacher.denoiser, initialiser, compiled=job.training.compile),
+        networks={"student": student, "auxiliary": auxiliary},
+        learning_rates={"student": job.training.learning_rate, "auxiliary": job.auxiliary_learning_rate},
+        averaged="student",
+        draw_batch=draw_condition,
+        output=output,
+        evaluate=evaluate if monitor is not None else None,
+        alarms=Alarms(job.alarms, teacher.codebook_size),
+        sequence_length=teacher.sequence_length,
+        run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
+    )
+    return trainer.train()
+
+
+def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
+    """All classes, or the prompts: those are encoded into the run's folder once, and the text encoder is let go."""
+    if not teacher.takes_prompts:
+        return all_classes(teacher)
+    if not job.prompts.name:
+        raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
+    prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt
+    folder = output / "prompts"
+    assert teacher.text_encoder is not None
+    assert teacher.text_tokenizer is not None
+    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
+    teacher.register_modules(text_encoder=None, text_tokenizer=None)
+    return PromptCache(folder, teacher.tokenizer.config.image_size)
+
+
+def make_initialiser(
+    job: StudentJob, teacher: MaskedDiffusionPipeline, conditions: Conditions, output: Path
+) -> TokenInitialiser:
+    """The initialiser in the run's folder, put there first if it is not."""
+    folder = output / "initialiser"
+    if not folder.exists():
+        with new_folder(folder) as staging:
+            prompts = conditions if teacher.takes_prompts else None
+            initialiser = TokenInitialiser.for_teacher(teacher, prompts=prompts, **asdict(job.initial))
+            initialiser.save_pretrained(staging)
+    return TokenInitialiser.from_pretrained(folder).to(teacher.device)
+
+
+def make_learner(
+    teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False, adapter_rank: int = 0
+) -> Denoiser:
+    """A copy of the teacher that learns, without dropout; or adapters of a rank, on the teacher's own weights."""
+    if adapter_rank:
+        learner = with_adapters(teacher, adapter_rank).eval()
+    else:
+        learner = copy.deepcopy(teacher).requires_grad_(True).eval()
+        if freeze_embeddings:
+            for parameter in learner.embedding_parameters():
+                parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        recompute_activations(learner.layers)
+    return learner
+
+
+def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, StudentJob, int]:
+    """The student with the averaged weights of a run's newest whole checkpoint, or of the best; the job, and the step.
+
+    Raises FileNotFoundError where there is none, ValueError where the best one is damaged.
+    """
+    job = load_job(run)
+    checkpoint = find_best(run) if best else newest_checkpoint(run / "checkpoints")
+    step = verify_checkpoint(checkpoint)
+    teacher = load_teacher(job.teacher)
+    learner = make_learner(teacher.denoiser, job.freeze_embeddings, adapter_rank=job.adapter_rank)
+    restore(trained_parameters(learner), load_file(checkpoint / AVERAGED))
+    student = merged(learner).requires_grad_(False)
+    initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
+    pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
+    return pipeline, job, step
+
+
+def find_best(run: Path) -> Path:
+    """The checkpoint that measured best in a run; FileNotFoundError where nothing was measured."""
+    found = best_checkpoint(run / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint of {run} was marked as the best (training.keep_best)")
+    return found[0]
+
+
+def load_job(run: Path) -> StudentJob:
+    """The job of a run folder; a folder that is none is a FileNotFoundError."""
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} is not the folder of a distillation run: it has no config.yaml")
+    return load_config(StudentJob, run / "config.yaml")

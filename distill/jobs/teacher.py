@@ -1,0 +1,248 @@
+"""The job that trains a teacher: tokenizer, masked diffusion training, a pipeline folder at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from distill.config import section, setting, to_yaml
+from distill.loop.accelerator import make_accelerator
+from distill.loop.batches import ShuffledRows
+from distill.loop.checkpoint import claim_output
+from distill.loop.config import TrainingConfig
+from distill.loop.trainer import Trainer
+from teachers.conditions.condition import ClassLabels, Condition, Conditions
+from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
+from teachers.corruption import MASK_SCHEDULES
+from teachers.data import DataConfig, ImageData, load_data
+from teachers.networks.amused import AmusedDenoiser
+from teachers.networks.maskgit import MaskGITTransformer
+from teachers.networks.recompute import recompute_activations
+from teachers.objectives.masked import MaskedDiffusionObjective
+from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.randomness import derive_seed
+from teachers.samplers.maskgit import ORDERS, MaskGITSampler
+from teachers.tokenizers.patch import PatchTokenizer
+from teachers.tokenizers.token_cache import TokenCache, load_token_cache
+
+
+@dataclass
+class TokenizerConfig:
+    """The patch tokenizer."""
+
+    patch_size: int = setting(2, "side of a patch in pixels; 1 makes single pixels the tokens")
+    codebook_size: int = setting(128, "number of tokens, found by k-means")
+
+
+@dataclass
+class NetworkConfig:
+    """The transformer: MaskGIT's for classes, aMUSEd's for text."""
+
+    hidden_size: int = setting(64, "width")
+    num_layers: int = setting(3, "blocks")
+    num_res_blocks: int = setting(1, "aMUSEd's convolution blocks before the transformer, and after it")
+    num_attention_heads: int = setting(4, "attention heads")
+    mlp_size: int = setting(256, "width of the feed-forward layers")
+    dropout: float = setting(0.0, "dropout while the teacher is trained")
+
+
+@dataclass
+class ObjectiveConfig:
+    """The masked diffusion objective."""
+
+    mask_schedule: str = setting("arccos", "how the mask ratio is drawn: arccos, cosine, linear, square")
+    label_dropout: float = setting(0.1, "share of samples trained without their label, for guidance")
+    label_smoothing: float = setting(0.0, "of the cross-entropy")
+
+    def __post_init__(self) -> None:
+        if self.mask_schedule not in MASK_SCHEDULES:
+            raise ValueError(f"objective.mask_schedule={self.mask_schedule!r}; choose from {', '.join(MASK_SCHEDULES)}")
+        for name in ("label_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be in [0, 1]")
+
+
+@dataclass
+class SamplerConfig:
+    """The default sampler that is saved with the teacher."""
+
+    num_inference_steps: int = setting(16, "network calls")
+    schedule: str = setting("arccos", "share still masked after each step: arccos, cosine, linear, square")
+    order: str = setting("confidence", "which tokens are kept at each step: the most confident, or random ones")
+    choice_temperature: float = setting(4.5, "Gumbel noise on the confidence, fading out over the steps")
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"sampler.order={self.order!r}; choose from {', '.join(ORDERS)}")
+
+
+@dataclass
+class TeacherJob:
+    """Train a masked diffusion teacher."""
+
+    output: str = setting("runs/teacher", "folder of the run; the pipeline is written to OUTPUT/pipeline")
+    data: DataConfig = section(DataConfig, "the images")
+    tokens: str = setting("", "folder of scripts/cache_tokens.py; empty: a patch tokenizer is fitted to the images")
+    text_encoder: str = setting("", "CLIP (folder or hub id) of a teacher conditioned on captions; empty: on classes")
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "how images become tokens")
+    network: NetworkConfig = section(NetworkConfig, "the denoiser")
+    objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
+    sampler: SamplerConfig = section(SamplerConfig, "how it generates")
+    training: TrainingConfig = section(TrainingConfig, "the loop")
+    scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of captions during training")
+
+
+Monitor = Callable[[MaskedDiffusionPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
+
+
+def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
+    """Run the job; `monitor(pipeline, conditions, step, heartbeat)` measures the averaged weights now and then.
+
+    False if interrupted.
+    """
+    output = Path(job.output)
+    data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
+    check_columns(job, data)
+    accelerator = make_accelerator(job.training, output)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim_output(output, job.training.resume)
+            (output / "config.yaml").write_text(to_yaml(job))
+        if isinstance(data, ImageData):
+            data = tokenise(job, data, output / "tokenizer")
+        conditions: Conditions
+        to_sample: Conditions
+        if job.text_encoder:
+            conditions = to_sample = encode_captions(job, data, output / "prompts")
+        else:
+            conditions, to_sample = ClassLabels(data.labels), ClassLabels(torch.arange(len(data.class_names)))
+    tokenizer = data.tokenizer
+    torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
+    denoiser = make_denoiser(job, data, conditions)
+    if job.training.gradient_checkpointing:
+        recompute_activations(denoiser.layers)
+    if job.training.compile:
+        denoiser.compile_repeated_blocks()
+    sampler = MaskGITSampler(**asdict(job.sampler))
+
+    def pipeline(network: Denoiser, *text_modules) -> MaskedDiffusionPipeline:
+        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, *text_modules)
+        return pipeline.to(accelerator.device)
+
+    def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        assert monitor is not None
+        return monitor(pipeline(network), to_sample, step, heartbeat)
+
+    trainer = Trainer(
+        job.training,
+        accelerator,
+        MaskedDiffusionObjective(denoiser.mask_token_id, **asdict(job.objective)),
+        networks={"denoiser": denoiser.train()},
+        learning_rates={"denoiser": job.training.learning_rate},
+        averaged="denoiser",
+        draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
+        output=output,
+        evaluate=evaluate if monitor is not None else None,
+        sequence_length=data.tokens.shape[1],
+        run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
+    )
+    finished = trainer.train()
+    network = trainer.averaged_network()
+    if finished and accelerator.is_main_process:
+        text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
+        pipeline(network, *text_modules).save_pretrained(output / "pipeline")
+        names = json.dumps(data.class_names, ensure_ascii=False)
+        (output / "pipeline" / "class_names.json").write_text(names)
+    return finished
+
+
+def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
+    """A ValueError where the data lack what the teacher is to be conditioned on."""
+    if not job.text_encoder and not data.class_names:
+        raise ValueError(
+            "name the column with the labels (data.label_column); or, for a teacher conditioned on captions, their "
+            "column (data.text_column) and a text_encoder"
+        )
+    if job.text_encoder and data.texts is None:
+        raise ValueError("there are no captions for the text_encoder: name their column (data.text_column)")
+
+
+def encode_captions(job: TeacherJob, data: TokenCache, folder: Path) -> PromptCache:
+    """The captions' encodings, from the folder; without the text encoder's staying in memory."""
+    assert data.texts is not None
+    write_prompt_cache(folder, *load_text_modules(job.text_encoder), data.texts)
+    return PromptCache(folder, data.tokenizer.config.image_size)
+
+
+def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """The text encoder and tokenizer of a CLIP; the half that sees images is left behind."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it reports each weight of that half
+    try:
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(name, output_loading_info=True)
+        text_encoder, found = loaded
+        text_tokenizer = CLIPTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"there is no CLIP at {name} (a folder, or a hub id): {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the CLIP at {name} lacks {', '.join(sorted(found['missing_keys']))}")
+    return text_encoder.eval(), text_tokenizer
+
+
+def make_denoiser(job: TeacherJob, data: TokenCache, conditions: Conditions) -> Denoiser:
+    """An untrained network: MaskGIT's, or aMUSEd's where the conditions are captions."""
+    network, tokenizer = job.network, data.tokenizer
+    if not isinstance(conditions, PromptCache):
+        settings = asdict(network)
+        del settings["num_res_blocks"]
+        return MaskGITTransformer(tokenizer.codebook_size, len(data.class_names), tokenizer.token_grid, **settings)
+    states_width, pooled_width = conditions.text_sizes
+    return AmusedDenoiser(
+        tokenizer.token_grid,
+        {
+            "hidden_size": network.hidden_size,
+            "hidden_dropout": network.dropout,
+            "cond_embed_dim": pooled_width,
+            "encoder_hidden_size": states_width,
+            "vocab_size": tokenizer.codebook_size + 1,
+            "codebook_size": tokenizer.codebook_size,
+            "in_channels": network.hidden_size,
+            "block_out_channels": network.hidden_size,
+            "num_res_blocks": network.num_res_blocks,
+            "block_num_heads": network.num_attention_heads,
+            "num_hidden_layers": network.num_layers,
+            "num_attention_heads": network.num_attention_heads,
+            "intermediate_size": network.mlp_size,
+        },
+    )
+
+
+def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
+    """The tokens of images, by the patch tokenizer in the folder or one that is fitted and put there."""
+    images = data.images()
+    if not folder.exists():  # k-means may not repeat itself to the bit
+        tokenizer = PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer))
+        tokenizer.save_pretrained(folder)
+    tokenizer = PatchTokenizer.from_pretrained(folder)
+    return TokenCache(tokenizer.encode(images), data.labels, data.class_names, data.texts, tokenizer)
+
+
+class TokenBatches:
+    """Batches of a tokenised data set; a pure function of seed, step and places."""
+
+    def __init__(self, tokens: torch.Tensor, conditions: Conditions, config: TrainingConfig, device: torch.device):
+        self.tokens, self.conditions, self.device = tokens, conditions, device
+        self.rows = ShuffledRows(len(tokens), config.batch_size, config.seed)
+
+    def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
+        rows = self.rows(step, places)
+        return self.tokens[rows].long().to(self.device), self.conditions.condition(rows, self.device)

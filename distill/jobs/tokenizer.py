@@ -1,0 +1,158 @@
+"""The job that trains a VQ tokenizer on the images of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from distill.config import section, setting, to_yaml
+from distill.loop.accelerator import make_accelerator
+from distill.loop.batches import ShuffledRows
+from distill.loop.checkpoint import claim_output
+from distill.loop.config import TrainingConfig
+from distill.loop.trainer import Trainer, on_main_process
+from teachers.data import DataConfig, load_data
+from teachers.objectives.vq import VQObjective
+from teachers.randomness import derive_seed
+from teachers.tokenizers.vq import VQTokenizer
+
+
+@dataclass
+class VQConfig:
+    """The convolutional network."""
+
+    codebook_size: int = setting(256, "number of tokens")
+    entry_size: int = setting(8, "numbers in an entry of the codebook; small ones are used more evenly")
+    widths: tuple[int, ...] = setting((64, 128, 128), "channels at each level; each but the first halves the image")
+    num_blocks: int = setting(1, "residual blocks per level")
+    num_groups: int = setting(8, "of group normalisation; divides the widths")
+    attention: bool = setting(False, "attention at the lowest resolution")
+    local: bool = setting(False, "each token is of its own patch alone: for pictures with flat areas")
+
+    def __post_init__(self) -> None:
+        wrong = [width for width in self.widths if width % self.num_groups]
+        if not self.widths or wrong:
+            raise ValueError(
+                f"network.widths={list(self.widths)} must all be multiples of num_groups={self.num_groups}"
+            )
+        if self.codebook_size < 2:
+            raise ValueError(f"network.codebook_size={self.codebook_size} must be at least 2")
+
+
+@dataclass
+class VQObjectiveConfig:
+    """What it learns."""
+
+    reconstruction_weight: float = setting(10.0, "of the mean squared error, against the codebook's")
+    commitment_weight: float = setting(0.25, "how much latents are drawn to their entries")
+    revival_rate: float = setting(0.02, "probability that an entry without use in a batch is moved to where there is")
+    revival_share: float = setting(0.7, "share of the training in which entries are moved")
+    lowest_perplexity: float = setting(0.1, "share of the codebook size below which training stops half-way")
+
+    def __post_init__(self) -> None:
+        for name in ("revival_rate", "revival_share", "lowest_perplexity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be in [0, 1]")
+
+
+@dataclass
+class TokenizerJob:
+    """Train a VQ tokenizer."""
+
+    output: str = setting("runs/tokenizer", "folder of the run; the tokenizer is written to OUTPUT/tokenizer")
+    data: DataConfig = section(DataConfig, "the images")
+    network: VQConfig = section(VQConfig, "the network")
+    objective: VQObjectiveConfig = section(VQObjectiveConfig, "what it learns")
+    training: TrainingConfig = section(TrainingConfig, "the loop")
+
+
+Monitor = Callable[[VQTokenizer, int], dict[str, float]]
+
+
+def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
+    """Run the job; `monitor(tokenizer, step)` measures the averaged weights now and then. False if interrupted.
+
+    It must return the codebook's `perplexity`, and training ends with a ValueError if that is hopeless half-way.
+    """
+    output = Path(job.output)
+    data = load_data(job.data)
+    accelerator = make_accelerator(job.training, output)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            claim_output(output, job.training.resume)
+            (output / "config.yaml").write_text(to_yaml(job))
+    torch.manual_seed(derive_seed(job.training.seed, "tokenizer"))
+    image, _ = data[0]
+    tokenizer = make_tokenizer(job.network, image.shape).train()
+    rows = ShuffledRows(len(data), job.training.batch_size, job.training.seed)
+
+    def draw_batch(step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, int]:
+        images = torch.stack([image for image, _ in data.__getitems__(rows(step, places).tolist())])
+        return images.to(accelerator.device), step
+
+    def evaluate(network: VQTokenizer, step: int) -> dict[str, float]:
+        measures = monitor(network, step)
+        if step >= job.training.num_steps / 2:
+            check_codebook(measures["perplexity"], job)
+        return measures
+
+    trainer = Trainer(
+        job.training,
+        accelerator,
+        VQObjective(
+            tokenizer,
+            job.objective.reconstruction_weight,
+            job.objective.commitment_weight,
+            job.objective.revival_rate,
+            num_revival_steps=int(job.objective.revival_share * job.training.num_steps),
+            seed=job.training.seed,
+            gather=accelerator.gather,
+        ),
+        networks={"tokenizer": tokenizer},
+        learning_rates={"tokenizer": job.training.learning_rate},
+        averaged="tokenizer",
+        draw_batch=draw_batch,
+        output=output,
+        evaluate=on_main_process(evaluate),
+        run_settings=asdict(job.objective) | {"batch_size": job.training.batch_size},
+    )
+    finished = trainer.train()
+    network = trainer.averaged_network()
+    if finished and accelerator.is_main_process:
+        network.save_pretrained(output / "tokenizer")
+    return finished
+
+
+def make_tokenizer(config: VQConfig, image_shape: torch.Size) -> VQTokenizer:
+    """An untrained tokenizer for images (C, H, W)."""
+    num_channels, height, width = image_shape
+    levels = len(config.widths)
+    settings = {
+        "in_channels": num_channels,
+        "out_channels": num_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.num_blocks,
+        "norm_num_groups": config.num_groups,
+        "latent_channels": config.widths[-1],
+        "num_vq_embeddings": config.codebook_size,
+        "vq_embed_dim": config.entry_size,
+        "mid_block_add_attention": config.attention,
+    }
+    return VQTokenizer((height, width), settings, local=config.local)
+
+
+def check_codebook(perplexity: float, job: TokenizerJob) -> None:
+    """Raise ValueError, with advice, if the tokens of real images hardly vary."""
+    lowest = job.objective.lowest_perplexity * job.network.codebook_size
+    if perplexity < lowest:
+        raise ValueError(
+            f"the codebook has collapsed: the perplexity of its {job.network.codebook_size} tokens is "
+            f"{perplexity:.1f}, less than {lowest:.1f} (objective.lowest_perplexity). Try a smaller "
+            "network.codebook_size or network.entry_size, a higher objective.reconstruction_weight or "
+            "objective.revival_rate, or a lower training.learning_rate"
+        )

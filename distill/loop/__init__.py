@@ -1,0 +1,1 @@
+"""The Accelerate-driven training loop; it knows no method."""

@@ -1,0 +1,411 @@
+"""The training loop, for teachers and for distillation.
+
+It knows devices, processes, optimizers, averaged weights, checkpoints and logs; the method that it runs knows none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distill.loop.alarms import Alarms
+from distill.loop.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
+from distill.loop.config import TrainingConfig
+from distill.loop.loss_scale import LossScale
+from distill.loop.state import adam_state, gather, restore, trained_parameters, trained_state
+from distill.loop.throughput import Throughput
+from teachers.progress import progress_bar
+from teachers.randomness import derive_seed, sample_generators
+
+logger = logging.getLogger(__name__)
+
+STATE, AVERAGED = "trainer.json", "averaged.safetensors"
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"  # the first is a function of the seed, the second of the machine
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+Evaluation = Callable[[Any, int, Callable[[], None]], dict[str, float]]
+
+
+class Stopped(Exception):
+    """Raised in an evaluation when the run was asked to stop."""
+
+
+class Method(Protocol):
+    """What is trained: each step is a sequence of updates, an update names the networks that learn in it."""
+
+    @property
+    def updates(self) -> tuple[tuple[str, ...], ...]: ...
+
+    def losses(
+        self,
+        networks: dict[str, nn.Module],
+        update: tuple[str, ...],
+        batch: Any,
+        generator: list[torch.Generator],
+        measured: bool = False,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The loss of each network named in `update`, and metrics if this step is to be measured.
+
+        A metric is a mean, or (2,) the sum and the number of values.
+        """
+        ...
+
+
+def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluation:
+    """An evaluation by the main process alone, whose measures all get."""
+
+    def broadcast(network: Any, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
+        return broadcast_object_list([evaluate(network, step) if PartialState().is_main_process else None])[0]
+
+    return broadcast
+
+
+class Trainer:
+    """Trains networks by a method.
+
+    Args:
+        networks: the networks that learn, by name; each gets an optimizer of its own.
+        learning_rates: of each network.
+        averaged: the network whose averaged weights are evaluated and saved, `averaged.safetensors` in each checkpoint.
+        draw_batch: (step, places in the global batch, a generator for each place) -> what the method takes as batch.
+        evaluate: (averaged network, step, heartbeat) -> metrics; called on every process. It calls `heartbeat()` now
+            and then, on every process alike: that is where an evaluation can be stopped.
+        alarms: what looks at each line of metrics.
+        sequence_length: tokens of a sample, to count their rate; 0 where there are none.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        method: Method,
+        networks: dict[str, ModelMixin],
+        learning_rates: dict[str, float],
+        averaged: str,
+        draw_batch: Callable[[int, range, list[torch.Generator]], Any],
+        output: Path,
+        evaluate: Evaluation | None = None,
+        alarms: Alarms | None = None,
+        sequence_length: int = 0,
+        run_settings: dict[str, Any] | None = None,
+    ):
+        self.config, self.accelerator, self.method = config, accelerator, method
+        self.draw_batch, self.output, self.evaluate, self.alarms = draw_batch, output, evaluate, alarms
+        self.checkpoints = output / "checkpoints"
+        self.step = 0
+        self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
+        self._nonfinite_in_a_row = 0
+        self._unread: list[tuple[int, tuple[str, ...], torch.Tensor]] = []  # updates, and 1 where they were left out
+        self._stop_requested = False
+
+        self._averaged_name = averaged
+        self._averaged_network = copy.deepcopy(networks[averaged]).cpu().eval()
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedulers = {}
+        for name, network in networks.items():
+            optimizer = torch.optim.AdamW(
+                trained_parameters(network).values(),
+                lr=learning_rates[name],
+                fused=True,  # one call; and it can leave a step out without the host's knowing
+                betas=(0.9, config.adam_beta2),
+                eps=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+            )
+            # One network at a time: FSDP2 takes no more. The wrapper of the optimizer is left aside, since it updates
+            # the loss scale once for each of several optimizers.
+            self.networks[name], wrapper = accelerator.prepare(network, optimizer)
+            self.optimizers[name] = wrapper.optimizer
+            self.schedulers[name] = get_scheduler(
+                config.learning_rate_schedule,
+                self.optimizers[name],
+                num_warmup_steps=config.warmup_steps,
+                num_training_steps=config.num_steps,
+            )
+        parameters = list(trained_parameters(self._unwrapped(averaged)).values())
+        whole = not any(isinstance(parameter, DTensor) for parameter in parameters)  # torch has no foreach for shards
+        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=whole)
+        precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
+        if config.resume:
+            self._load()
+        if accelerator.is_main_process:
+            self._trim_lines()
+        plain = {  # tensorboard takes nothing else
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in (run_settings or {}).items()
+        }
+        accelerator.init_trackers("tracker", config=plain)
+
+    def train(self) -> bool:
+        """Run to the last step; False if a signal ended it early. Either way a checkpoint holds all that was done."""
+        config = self.config
+        progress = progress_bar(
+            total=config.num_steps,
+            initial=self.step,
+            desc=self.output.name,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        with progress, self._stop_on_signals():
+            if self.step == 0 and config.evaluate_every:
+                self._evaluate()  # the start to compare with; and what cannot be measured should fail now
+            while self.step < config.num_steps:
+                last = self.step + 1 == config.num_steps
+                logged = last or (self.step + 1) % config.log_every == 0
+                with self._throughput.step():
+                    metrics = self.train_step(logged)
+                if logged:
+                    progress.set_postfix(self._log(metrics), refresh=False)
+                    self._write(self._throughput.read(), SPEED)
+                progress.update()
+                saved = (last or self.step % config.checkpoint_every == 0) and self._save()
+                evaluation_due = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
+                best = self._evaluate() if evaluation_due else None
+                stop = not last and (self._stop_is_requested() or 0 < config.max_steps <= self.step)
+                if not saved and (last or stop or best is not None):
+                    saved = self._save()
+                if not saved and (last or stop):
+                    raise OSError(
+                        f"the run ends after step {self.step} without a checkpoint of it; see the warning above"
+                    )
+                if saved and best is not None:
+                    self._mark_best(best)
+                if stop:
+                    logger.warning("stopped after step %d; go on with training.resume=true", self.step)
+                    break
+        self.accelerator.end_training()
+        return self.step == config.num_steps
+
+    def train_step(self, measured: bool) -> dict[str, torch.Tensor]:
+        """All updates of one step; metrics, each a sum and a number, if it is to be measured."""
+        metrics: dict[str, torch.Tensor] = {}
+        for number, update in enumerate(self.method.updates):
+            metrics |= self._update(number, update, measured)
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        self.ema.step(trained_parameters(self._unwrapped(self._averaged_name)).values())
+        self.step += 1
+        return metrics
+
+    def averaged_network(self) -> ModelMixin:
+        """A copy of the averaged network with the averaged weights, on the CPU; all processes call it."""
+        restore(trained_parameters(self._averaged_network), gather(self._averages(), keep=True))
+        return self._averaged_network
+
+    def _update(self, number: int, update: tuple[str, ...], measured: bool) -> dict[str, torch.Tensor]:
+        """One optimizer step of the networks named in `update`, unless a loss or gradient is not finite."""
+        config, accelerator = self.config, self.accelerator
+        torch.manual_seed(derive_seed(config.seed, self.step, number, accelerator.process_index))  # for dropout
+        num_parts = config.gradient_accumulation_steps
+        share = config.batch_size // (accelerator.num_processes * num_parts)
+        metrics: dict[str, torch.Tensor] = {}
+        finite = torch.ones((), device=accelerator.device)
+        for part in range(num_parts):
+            first = (part * accelerator.num_processes + accelerator.process_index) * share
+            places = range(first, first + share)
+            generator = sample_generators(config.seed, self.step, number, places=places)
+            batch = self.draw_batch(self.step, places, generator)
+            with contextlib.ExitStack() as stack:
+                if part < num_parts - 1:
+                    for name in update:
+                        stack.enter_context(accelerator.no_sync(self.networks[name]))
+                with accelerator.autocast():
+                    losses, measures = self.method.losses(self.networks, update, batch, generator, measured)
+                loss = torch.stack(list(losses.values())).sum() / num_parts
+                (loss * self.loss_scale.value).backward()
+            finite = finite * loss.detach().isfinite()
+            metrics |= {key: metrics.get(key, 0) + _sum_and_number(value) for key, value in measures.items()}
+        for name in update:
+            norm = self._clip_gradients(name)
+            metrics[f"{name}_grad_norm"] = _sum_and_number(norm)
+            finite = finite * norm.isfinite()
+
+        # All processes have to agree before any of them lets its optimizer see the gradients.
+        left_out = 1 - accelerator.gather(finite[None]).min()
+        for name in update:
+            self.optimizers[name].found_inf = left_out  # type: ignore[attr-defined]  # where it is 1 nothing changes
+            self.optimizers[name].grad_scale = None  # type: ignore[attr-defined]
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+        self._unread.append((self.step, update, left_out))
+        if measured or self.loss_scale.enabled:
+            self._count_nonfinite()
+        return metrics
+
+    def _clip_gradients(self, name: str) -> torch.Tensor:
+        """Undo the loss scale, clip, and return the norm before that."""
+        parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
+        if self.loss_scale.value != 1:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.div_(self.loss_scale.value)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _count_nonfinite(self) -> None:
+        """Read which updates were left out: the one place where the host waits for the device."""
+        flags = torch.stack([left_out for _, _, left_out in self._unread]).tolist()
+        for (step, update, _), left_out in zip(self._unread, flags, strict=True):
+            scaled_down = self.loss_scale.update(not left_out)
+            if not left_out:
+                self._nonfinite_in_a_row = 0
+            elif not scaled_down:  # otherwise it is how the loss scale finds its size
+                self._nonfinite_in_a_row += 1
+                logger.warning("step %d: a loss or gradient of %s is not finite; skipped", step, "/".join(update))
+            if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {step}); "
+                    "lower the learning rates, or go on from an earlier checkpoint"
+                )
+        self._unread.clear()
+
+    def _log(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Average the metrics over processes and write them down."""
+        accelerator = self.accelerator
+        sums, numbers = accelerator.gather(torch.stack(list(metrics.values()))[None]).sum(0).unbind(-1)
+        values = dict(zip(metrics, (sums / numbers).tolist(), strict=True))
+        values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
+        self._write(values)
+        if self.alarms is not None:
+            for message in self.alarms(values):
+                logger.warning("step %d: %s", self.step, message)
+                self._stop_requested |= self.alarms.config.stop
+        return {
+            key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key
+        }
+
+    def _evaluate(self) -> float | None:
+        """Measure and write down; the measure that the best checkpoint is chosen by, if it is lower than any before."""
+        if self.evaluate is None:
+            return None
+        try:
+            measures = self.evaluate(self.averaged_network(), self.step, self._heartbeat)
+        except Stopped:
+            logger.warning("the evaluation of step %d was left, to stop", self.step)
+            return None
+        finally:
+            self._averaged_network.cpu()
+        if measures:
+            self._write(measures)
+        value, best = measures.get(self.config.keep_best), best_checkpoint(self.checkpoints)
+        return value if value is not None and (best is None or value < best[2]) else None
+
+    def _heartbeat(self) -> None:
+        if self._stop_is_requested():
+            raise Stopped
+
+    def _write(self, values: dict[str, float], name: str = METRICS) -> None:
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            with (self.output / name).open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def _trim_lines(self) -> None:
+        """Forget what was written after the checkpoint that the run goes on from."""
+        for path in (self.output / METRICS, self.output / SPEED):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+                path.write_text("".join(line + "\n" for line in kept))
+
+    def _save(self) -> bool:
+        return save_checkpoint(
+            self.accelerator, self.checkpoints, self.step, self.config.keep_checkpoints, self._contents()
+        )
+
+    def _contents(self) -> Iterator[Callable[[Path], object]]:
+        """What a checkpoint holds, part by part: all processes gather, and the main one may write."""
+        keep = self.accelerator.is_main_process
+        for name in self.networks:
+            network = self._unwrapped(name)
+            weights = gather(trained_state(network), keep)
+            yield partial(_save_tensors, weights, f"{name}.safetensors")
+            moments = gather(adam_state(network, self.optimizers[name]), keep)
+            yield partial(_save_tensors, moments, f"{name}.adam.safetensors")
+        yield partial(_save_tensors, gather(self._averages(), keep), AVERAGED)
+        counters = {
+            "step": self.step,
+            "averaged_steps": self.ema.optimization_step,
+            "loss_scale": self.loss_scale.state_dict(),
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+        }
+        yield lambda folder: (folder / STATE).write_text(json.dumps(counters))
+
+    def _load(self) -> None:
+        """Go on from the newest whole checkpoint, which the main process finds."""
+        found = [str(newest_checkpoint(self.checkpoints)) if self.accelerator.is_main_process else None]
+        checkpoint = Path(broadcast_object_list(found)[0])
+        for name in self.networks:
+            network = self._unwrapped(name)
+            restore(trained_state(network), load_file(checkpoint / f"{name}.safetensors"))
+            moments = adam_state(network, self.optimizers[name])
+            restore(moments, load_file(checkpoint / f"{name}.adam.safetensors"))
+        restore(self._averages(), load_file(checkpoint / AVERAGED))
+        counters = json.loads((checkpoint / STATE).read_text())
+        self.step, self.ema.optimization_step = counters["step"], counters["averaged_steps"]
+        self.loss_scale.load_state_dict(counters["loss_scale"])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(counters["schedulers"][name])
+            for group, rate in zip(self.optimizers[name].param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        logger.info("resuming from %s", checkpoint)
+
+    def _mark_best(self, value: float) -> None:
+        if self.accelerator.is_main_process:
+            mark_best(self.checkpoints, self.step, self.config.keep_best, value, self.config.keep_checkpoints)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        names = trained_parameters(self._unwrapped(self._averaged_name))
+        return dict(zip(names, self.ema.shadow_params, strict=True))
+
+    def _unwrapped(self, name: str) -> nn.Module:
+        return self.accelerator.unwrap_model(self.networks[name])
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self):
+        """The stop signals ask for a checkpoint at the end of the step; a second SIGINT stops at once."""
+
+        def request(number, frame):
+            self._stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop_is_requested(self) -> bool:
+        """Whether any process was asked to stop, so that all of them leave together."""
+        if self._stop_requested:
+            self.accelerator.set_trigger()
+        self._stop_requested = self.accelerator.check_trigger()
+        return self._stop_requested
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+    save_file(tensors, folder / name)
+
+
+def _sum_and_number(metric: torch.Tensor) -> torch.Tensor:
+    metric = metric.detach().float()
+    return metric if metric.ndim else torch.stack([metric, torch.ones_like(metric)])

@@ -1,0 +1,1 @@
+"""What teachers and tokenizers learn; one file each."""

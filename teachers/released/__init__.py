@@ -1,0 +1,1 @@
+"""Teachers that others have published: their files, layouts, sizes."""

@@ -1,0 +1,63 @@
+"""Published text-to-image teachers, opened as their authors laid them out: aMUSEd, Meissonic, Monetico."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, UVit2DModel, VQModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from teachers.networks.amused import AmusedDenoiser
+from teachers.networks.meissonic import MeissonicTransformer
+from teachers.samplers import MaskGITSampler
+from teachers.tokenizers.vq import VQTokenizer
+
+# Their authors' steps and guidance; the order is by confidence with noise that fades from 2 to 0.
+AMUSED = {"num_inference_steps": 12, "guidance_scale": 10.0}
+MEISSONIC = {"num_inference_steps": 64, "guidance_scale": 9.0}
+MONETICO = {"num_inference_steps": 48, "guidance_scale": 9.0}
+
+
+def is_published(name: str | Path) -> bool:
+    """Whether a folder, or a hub id, is one of a published teacher: it has a transformer beside a `vqvae`."""
+    return {"transformer", "vqvae"} <= set(DiffusionPipeline.load_config(name))
+
+
+def published_components(name: str | Path, image_size: int | None = None, **settings: Any) -> dict[str, Any]:
+    """What `MaskedDiffusionPipeline` is made of, from a published folder or hub id.
+
+    Args:
+        image_size: side of the images in pixels; default: what the teacher was trained for.
+        settings: `text_encoder` and `text_tokenizer` in place of the folder's (None: without), and what
+            `from_pretrained` of each network takes, such as `torch_dtype` and `variant`.
+    """
+    given = {key: settings.pop(key) for key in ("text_encoder", "text_tokenizer") if key in settings}
+    vq = VQModel.from_pretrained(name, subfolder="vqvae", **settings)
+    factor = 2 ** (len(vq.config.block_out_channels) - 1)
+
+    denoiser: AmusedDenoiser | MeissonicTransformer
+    if UVit2DModel.load_config(name, subfolder="transformer")["_class_name"] == "UVit2DModel":
+        transformer = UVit2DModel.from_pretrained(name, subfolder="transformer", **settings)
+        side = transformer.config.sample_size if image_size is None else image_size // factor
+        denoiser, defaults = AmusedDenoiser.wrap(transformer, (side, side)), AMUSED
+    else:
+        downsample = MeissonicTransformer.load_config(name, subfolder="transformer")["downsample"]
+        side = (64 if downsample else 32) if image_size is None else image_size // factor
+        denoiser = MeissonicTransformer.from_pretrained(
+            name, subfolder="transformer", token_grid=(side, side), **settings
+        )
+        defaults = MEISSONIC if downsample else MONETICO
+
+    if "text_encoder" not in given:
+        given["text_encoder"] = CLIPTextModelWithProjection.from_pretrained(name, subfolder="text_encoder", **settings)
+    if "text_tokenizer" not in given:
+        given["text_tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+    num_steps = min(int(defaults["num_inference_steps"]), side * side)
+    return {
+        "denoiser": denoiser.eval(),
+        "tokenizer": VQTokenizer.wrap(vq, (side, side)).eval(),
+        "sampler": MaskGITSampler(num_steps, schedule="cosine", order="confidence", choice_temperature=2.0),
+        "guidance_scale": defaults["guidance_scale"],
+        **given,
+    }

@@ -1,0 +1,1 @@
+"""Image tokenizers, and the tokens of a data set on disk."""

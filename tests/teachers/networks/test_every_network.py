@@ -1,0 +1,137 @@
+"""What every network does: gradient checkpointing, logits at some places alone, adapters, compiled blocks."""
+
+import copy
+
+import pytest
+import torch
+from tiny_text import amused_folder
+from torch._dynamo.testing import CompileCounter
+
+from distill.jobs.student import make_learner
+from distill.loop.state import trained_parameters
+from students.adapters import merged
+from teachers import MaskedDiffusionPipeline, MaskGITTransformer
+from teachers.conditions.condition import ClassCondition, TextCondition
+from teachers.guidance import guide
+from teachers.networks.halton import HaltonMaskGITTransformer
+from teachers.networks.meissonic import MeissonicTransformer
+
+SIZES = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "mlp_size": 32}
+MEISSONIC = {
+    "attention_head_dim": 16, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1,
+    "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6), "codebook_size": 24,
+    "vocab_size": 32,
+}  # fmt: skip
+
+
+def classes():
+    return ClassCondition(torch.tensor([3, 7]))
+
+
+def text():
+    return TextCondition(*(torch.randn(2, *shape) for shape in [(5, 16), (16,), (5,), (5, 16), (16,)]))
+
+
+def amused(tmp_path):
+    amused_folder(tmp_path / "amused")
+    teacher = MaskedDiffusionPipeline.from_pretrained(tmp_path / "amused")
+    return teacher.denoiser, teacher.encode_condition(["house", "a car"])
+
+
+NETWORKS = {
+    "maskgit": lambda path: (MaskGITTransformer(24, 10, (4, 4), **SIZES), classes()),
+    "halton": lambda path: (HaltonMaskGITTransformer(24, 10, (4, 4), **SIZES), classes()),
+    "meissonic": lambda path: (MeissonicTransformer((4, 4), **MEISSONIC), text()),
+    "amused": amused,
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request, tmp_path):
+    torch.manual_seed(0)
+    teacher, condition = NETWORKS[request.param](tmp_path)
+    with torch.no_grad():  # some layers start as the identity, through which no gradient goes
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return teacher.eval(), condition, torch.randint(0, 24, (2, 16))
+
+
+def test_recomputed_activations_give_the_same_gradients(network):
+    teacher, condition, tokens = network
+    gradients, calls = [], []
+    for gradient_checkpointing in (False, True):
+        learner = make_learner(teacher, False, gradient_checkpointing)
+        for layer in learner.layers:
+            next(layer.children()).register_forward_hook(lambda *call: calls.append(call))
+        learner(tokens, condition).square().sum().backward()
+        gradients.append({key: parameter.grad for key, parameter in learner.named_parameters()})
+    assert len(calls) == 3 * len(learner.layers)
+    plain, recomputed = gradients
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in plain.values())
+    for key, gradient in plain.items():
+        torch.testing.assert_close(gradient, recomputed[key], msg=key)
+
+
+@torch.no_grad()
+def test_logits_at_some_places_are_those_of_all(network):
+    denoiser, condition, tokens = network
+    mask = torch.rand(2, 16) < 0.3
+    tokens[mask] = denoiser.mask_token_id
+    where = mask.flatten().nonzero()[:, 0]
+    whole = denoiser(tokens, condition)
+    torch.testing.assert_close(denoiser(tokens, condition, where=where), whole[mask])
+    assert denoiser(tokens, condition, where=where[:0]).shape == (0, whole.shape[-1])
+    torch.testing.assert_close(denoiser(tokens, condition), whole)
+    for guidance_scale in (1.0, 2.5):
+        guided = guide(denoiser, tokens, condition, guidance_scale)
+        torch.testing.assert_close(guide(denoiser, tokens, condition, guidance_scale, where=where), guided[mask])
+
+
+def test_adapters_start_as_the_network_learn_alone_and_merge(network):
+    denoiser, condition, tokens = network
+    before = {name: parameter.clone() for name, parameter in denoiser.named_parameters()}
+    learner = make_learner(denoiser, True, adapter_rank=2)
+    with torch.no_grad():
+        torch.testing.assert_close(learner(tokens, condition), denoiser(tokens, condition))
+    learner(tokens, condition).square().sum().backward()
+    trained = trained_parameters(learner)
+    assert all("lora" in name and parameter.grad is not None for name, parameter in trained.items())
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = learner(tokens, condition)
+        assert not torch.allclose(expected, denoiser(tokens, condition), atol=1e-3)
+        plain = merged(learner)
+        torch.testing.assert_close(plain(tokens, condition), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(learner(tokens, condition), expected)
+    assert plain.state_dict().keys() == denoiser.state_dict().keys()
+    for name, parameter in denoiser.named_parameters():
+        torch.testing.assert_close(parameter, before[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("adapter_rank", [0, 2])
+def test_blocks_are_compiled_whole_and_seldom_again(network, adapter_rank):
+    denoiser, condition, tokens = network
+    learner = make_learner(denoiser, True, adapter_rank=adapter_rank)
+    compiled = copy.deepcopy(learner)
+    counter = CompileCounter()
+    compiled.compile_repeated_blocks(backend=counter, fullgraph=True)
+    assert compiled.state_dict().keys() == learner.state_dict().keys()
+    kinds = len(set(map(type, learner.layers)))
+
+    def count(batch_size):
+        rows = torch.arange(batch_size) % 2
+        logits = compiled(tokens[rows], condition.select(rows))
+        torch.testing.assert_close(logits, learner(tokens[rows], condition.select(rows)))
+        return counter.frame_count
+
+    torch.compiler.reset()
+    with torch.no_grad():  # for one size, for sizes, and for single samples
+        assert count(2) == kinds
+        assert [count(batch_size) for batch_size in (4, 1, 3, 7, 6)][-1] <= 3 * kinds
+    torch.compiler.reset()
+    before = counter.frame_count
+    first = count(2)  # in training the first layer may be given what has no gradient
+    assert first - before <= 2 * kinds
+    assert count(2) == first
