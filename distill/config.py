@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 Config = TypeVar("Config")
 
+logger = logging.getLogger(__name__)
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and one line of help."""
@@ -26,6 +29,13 @@ def setting(default: Any, help: str) -> Any:
 def section(config_class: typing.Callable[[], Any], help: str) -> Any:
     """A dataclass field that holds another configuration."""
     return dataclasses.field(default_factory=config_class, metadata={"help": help})
+
+
+def choice(kinds: Mapping[str, Any], default: str, help: str) -> Any:
+    """A field with the configuration of one of several kinds, `kinds[name].config_class`; its `name` says which."""
+    return dataclasses.field(
+        default_factory=lambda: kinds[default].config_class(), metadata={"help": help, "kinds": kinds}
+    )
 
 
 def parse_arguments(config_class: type[Config], description: str, argv: list[str] | None = None) -> Config:
@@ -55,11 +65,18 @@ def parse_arguments(config_class: type[Config], description: str, argv: list[str
 def load_config(
     config_class: type[Config], path: Path | str | None = None, overrides: typing.Sequence[str] = ()
 ) -> Config:
-    """Defaults, then the YAML file, then `key=value` overrides; raises ValueError that names the setting at fault."""
-    merged = OmegaConf.structured(config_class)
-    for source, given in [(str(path), _read_yaml(path)), ("the command line", _read_overrides(overrides))]:
-        _check_keys(given, config_class, source)
-        _restore_words(given, config_class)
+    """Defaults, then the YAML file, then `key=value` overrides; raises ValueError that names the setting at fault.
+
+    A class may say in `FORMERLY` what its settings were called before; who uses the old name is told the new one.
+    """
+    sources = [(str(path), _read_yaml(path)), ("the command line", _read_overrides(overrides))]
+    for source, given in sources:
+        _rename(given, getattr(config_class, "FORMERLY", {}), source)
+    defaults = _choose(config_class(), sources)
+    merged = OmegaConf.structured(defaults)
+    for source, given in sources:
+        _check_keys(given, defaults, source)
+        _restore_words(given, defaults)
         try:
             merged = OmegaConf.merge(merged, given)
         except OmegaConfBaseException as error:
@@ -102,24 +119,56 @@ def _read_overrides(overrides: typing.Sequence[str]) -> dict[Any, Any]:
     return given
 
 
-def _check_keys(given: Mapping[str, Any], config_class: type, source: str, prefix: str = "") -> None:
-    types = typing.get_type_hints(config_class)
+def _rename(given: dict[Any, Any], formerly: Mapping[str, str], source: str) -> None:
+    for old, new in formerly.items():
+        *sections, key = old.split(".")
+        place: Any = given
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or key not in place:
+            continue
+        logger.warning("%s: %s is called %s now", source, old, new)
+        value, target = place.pop(key), given
+        *sections, key = new.split(".")
+        for section in sections:
+            target = target.setdefault(section, {})
+        target.setdefault(key, value)
+
+
+def _choose(defaults: Any, sources: typing.Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+    """The defaults, with those of the kinds that the sources choose by name; the last one decides."""
+    for field in dataclasses.fields(defaults):
+        for source, given in sources:
+            chosen = given.get(field.name)
+            if "kinds" not in field.metadata or not isinstance(chosen, Mapping) or "name" not in chosen:
+                continue
+            kinds, name = field.metadata["kinds"], chosen["name"]
+            if name not in kinds:
+                raise ValueError(
+                    f"{source}: {field.name}.name={name!r} is not known; choose from {', '.join(map(str, kinds))}"
+                )
+            setattr(defaults, field.name, kinds[name].config_class())
+    return defaults
+
+
+def _check_keys(given: Mapping[str, Any], defaults: Any, source: str, prefix: str = "") -> None:
+    known = [field.name for field in dataclasses.fields(defaults)]
     for key, value in given.items():
-        if key not in types:
-            near = difflib.get_close_matches(str(key), list(types), n=1, cutoff=0.5)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(types)}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(known)}"
             raise ValueError(f"{source}: unknown setting {prefix}{key}{hint}")
-        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
-            _check_keys(value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
+        if dataclasses.is_dataclass(getattr(defaults, key)) and isinstance(value, Mapping):
+            _check_keys(value, getattr(defaults, key), source, f"{prefix}{key}.")
 
 
-def _restore_words(given: dict[str, Any], config_class: type) -> None:
+def _restore_words(given: dict[str, Any], defaults: Any) -> None:
     """YAML reads the word `no` as False; where text is wanted it is the word."""
-    types = typing.get_type_hints(config_class)
     for key, value in given.items():
-        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
-            _restore_words(value, typing.cast(type, types[key]))
-        elif types[key] is str and isinstance(value, bool):
+        default = getattr(defaults, key)
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            _restore_words(value, default)
+        elif isinstance(default, str) and isinstance(value, bool):
             given[key] = "yes" if value else "no"
 
 
@@ -135,6 +184,12 @@ def describe(config: Any, prefix: str = "") -> str:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             lines.append(describe(value, f"{prefix}{field.name}."))
+            for name, kind in field.metadata.get("kinds", {}).items():
+                if not isinstance(value, kind.config_class):
+                    lines += [
+                        f"  with {field.name}.name={name}:",
+                        describe(kind.config_class(), f"{prefix}{field.name}."),
+                    ]
         else:
             lines.append(f"  {prefix + field.name:<38} {value!s:<24} {field.metadata.get('help', '')}")
     return "\n".join(lines)

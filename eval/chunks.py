@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teachers.conditions.condition import Conditions
+from teachers.folder import new_file
 from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
@@ -54,16 +55,15 @@ def write_chunks(
         path = folder / f"chunk-{chunk:05d}.safetensors"
         if path.is_file():
             continue
-        places = torch.arange(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, num_images))
+        numbers = torch.arange(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, num_images))
         found = []
-        for part in places.split(batch_size):
+        for part in numbers.split(batch_size):
             generator = sample_generators("generate", seed, places=part.tolist())
             condition = conditions.condition(part % len(conditions), pipeline.device)
             images = pipeline(condition=condition, generator=generator, output_type="pt", **settings).images
             found.append(extract(images))
-        staging = path.with_suffix(".staging")
-        save_file({name: torch.cat([part[name] for part in found]).float() for name in found[0]}, staging)
-        staging.rename(path)
+        with new_file(path) as staging:
+            save_file({name: torch.cat([part[name] for part in found]).float() for name in found[0]}, staging)
 
 
 def read_chunks(folder: Path, num_images: int) -> dict[str, torch.Tensor]:

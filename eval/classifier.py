@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from teachers.data import DataConfig, ImageData
+from teachers.data import NO_CLASS, DataConfig, ImageData
 from teachers.progress import progress_bar
 
 FEATURE_SIZE = 64
@@ -66,10 +66,12 @@ class ClassifierFeatures:
         return torch.cat([self.classifier.features(part) for part in parts]).cpu()
 
     @torch.no_grad()
-    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
-        """The share of features (N, 64) that speak for the class of the image."""
+    def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+        """The share of features (N, 64) that speak for the class of the image; nothing of images without one."""
+        if (rows == NO_CLASS).any():
+            return {}
         predicted = self.classifier.head(features.to(self.classifier.device)).argmax(-1).cpu()
-        return {"class_consistency": (predicted == places).double().mean().item()}
+        return {"class_consistency": (predicted == rows).double().mean().item()}
 
     @classmethod
     def cached(cls, folder: Path, config: DataConfig, train: ImageData, test: ImageData) -> ClassifierFeatures:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPProcessor
 
+from teachers.component import weights_digest
 from teachers.conditions.prompts import clean_prompts, tokenize
 
 NUM_CAPTIONS = 32
@@ -25,7 +25,7 @@ class ClipFeatures:
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, name: str, captions: list[str] | None = None):
         self.model, self.processor = model.eval(), processor
-        self.name = f"image embeddings of the CLIP {name} (weights {weights_digest(model)})"
+        self.name = f"image embeddings of the CLIP {name} (weights {weights_digest(model)[:12]})"
         self.captions, self.num_cut = (None, 0) if captions is None else self.embed_captions(captions)
 
     @classmethod
@@ -60,20 +60,12 @@ class ClipFeatures:
             embeddings.append(self.model.text_projection(text.pooler_output).float().cpu())
         return F.normalize(torch.cat(embeddings), dim=-1), num_cut
 
-    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
-        """CLIP score and retrieval accuracy of image embeddings (N, P) of the captions at `places` (N,)."""
+    def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+        """CLIP score and retrieval accuracy of image embeddings (N, P) of the captions in `rows` (N,)."""
         if self.captions is None:
             return {}
-        accuracy = retrieval_accuracy(features, self.captions, places)
-        return clip_score(features, self.captions[places]) | {"retrieval_accuracy": accuracy}
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """The first twelve digits of the SHA-256 of the weights."""
-    found = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:12]
+        accuracy = retrieval_accuracy(features, self.captions, rows)
+        return clip_score(features, self.captions[rows]) | {"retrieval_accuracy": accuracy}
 
 
 def clip_score(images: torch.Tensor, captions: torch.Tensor) -> dict[str, float]:
@@ -86,14 +78,14 @@ def clip_score(images: torch.Tensor, captions: torch.Tensor) -> dict[str, float]
 
 
 def retrieval_accuracy(
-    images: torch.Tensor, captions: torch.Tensor, places: torch.Tensor, num_captions: int = NUM_CAPTIONS
+    images: torch.Tensor, captions: torch.Tensor, rows: torch.Tensor, num_captions: int = NUM_CAPTIONS
 ) -> float:
-    """How often an image embedding (N, P) is closest to its own caption, at `places` (N,) of the captions (M, P), among
+    """How often an image embedding (N, P) is closest to its own caption, in `rows` (N,) of the captions (M, P), among
     that and `num_captions` - 1 different ones, drawn with a fixed seed."""
     num_captions = min(num_captions, len(captions))
     generator = torch.Generator().manual_seed(0)
     others = torch.rand(len(images), len(captions), generator=generator)
-    others[torch.arange(len(images)), places] = -1  # comes first
+    others[torch.arange(len(images)), rows] = -1  # comes first
     candidates = others.argsort(-1)[:, :num_captions]
     similarity = torch.einsum("np,nkp->nk", F.normalize(images, dim=-1), captions[candidates])
     return (similarity.argmax(-1) == 0).double().mean().item()

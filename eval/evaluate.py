@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
 from teachers.conditions.condition import Conditions
+from teachers.data import NO_CLASS
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
@@ -21,7 +22,7 @@ MAX_NEIGHBOURS = 10_000
 class Features(Protocol):
     """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D).
 
-    It also judges how true features are to the conditions of the images, given their places (N,), if it knows those.
+    It also judges how true features are to the conditions of the images, given their rows (N,), if it knows those.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Features(Protocol):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
-    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]: ...
+    def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]: ...
 
 
 def generate(
@@ -45,11 +46,12 @@ def generate(
     heartbeat: Callable[[], None] = lambda: None,
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Images (N, C, H, W), the places (N,) of the conditions they are of, and the NFE per image.
+    """Images (N, C, H, W), the rows (N,) of the conditions they are of, and the NFE per image.
 
     Of several processes each gets every `num_processes`-th image, from its own number on.
 
-    They go round the conditions: of a class-conditional pipeline by default all classes, whose places are the labels.
+    They go round the conditions: of a class-conditional pipeline by default all classes, whose rows are the labels; of
+    an unconditional one they are `NO_CLASS`.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing but
     the time. `heartbeat` is called before each batch, equally often on every process.
@@ -70,7 +72,8 @@ def generate(
         output = pipeline(condition=condition, generator=generators, output_type="pt", **settings)
         images.append(output.images.cpu())
         evaluations += output.nfe * len(chosen)
-    return torch.cat(images), numbers % len(conditions), evaluations / len(numbers)
+    rows = numbers % len(conditions) if pipeline.condition_kind != "none" else torch.full_like(numbers, NO_CLASS)
+    return torch.cat(images), rows, evaluations / len(numbers)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

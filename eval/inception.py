@@ -71,7 +71,7 @@ class InceptionFeatures:
         parts = [self._network.base(self._prepare(part), no_output_bias=True) for part in images.split(64)]
         return torch.cat(parts).cpu()
 
-    def judge(self, features: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
+    def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         return {}
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:

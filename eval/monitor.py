@@ -18,9 +18,8 @@ from students.export import image_grid, sample_grid
 from teachers.conditions.condition import Conditions
 from teachers.conditions.prompt_cache import PromptCache
 from teachers.data import DataConfig, load_data
-from teachers.objectives.vq import codebook_use
 from teachers.pipeline import TokenPipeline
-from teachers.tokenizers.vq import VQTokenizer
+from teachers.tokenizers.vq import VQTokenizer, codebook_use
 
 NUM_IMAGES = 1000
 
@@ -29,7 +28,8 @@ class SampleMonitor:
     """Called with (pipeline, conditions, step, heartbeat) on every process: writes `samples/step-000100.png`, returns
     FD and class consistency, or CLIP score. The processes share the images.
 
-    Without data (`data.name` empty), and for prompts without a CLIP that scores, it only writes the samples.
+    Without data (`data.name` empty) and without what measures them (labels to train a classifier on; for prompts a CLIP
+    that scores) it only writes the samples.
     """
 
     def __init__(self, output: Path, data: DataConfig, scoring_clip: str = ""):
@@ -43,14 +43,16 @@ class SampleMonitor:
         state = PartialState()
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            columns = conditions.condition(torch.arange(min(len(conditions), 10)), pipeline.device)
+            num_columns = 10 if pipeline.condition_kind == "none" else min(len(conditions), 10)
+            columns = conditions.condition(torch.arange(num_columns) % len(conditions), pipeline.device)
             sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
-        if not self.data.name or (pipeline.takes_prompts and not self.scoring_clip):
+        judge = self.scoring_clip if pipeline.condition_kind == "text" else self.data.label_column
+        if not self.data.name or not judge:
             return {}
         if self._reference is None:
             with state.main_process_first():
                 self._reference = self._make_reference(conditions)
-        images, places, _ = generate(
+        images, rows, _ = generate(
             pipeline,
             NUM_IMAGES,
             conditions=conditions,
@@ -59,7 +61,7 @@ class SampleMonitor:
             heartbeat=heartbeat,
         )
         features = self._reference.features(images)
-        return self._reference.judge(gather_rows(features), gather_rows(places))
+        return self._reference.judge(gather_rows(features), gather_rows(rows))
 
     def _make_reference(self, conditions: Conditions) -> Reference:
         if isinstance(conditions, PromptCache):

@@ -14,6 +14,7 @@ import torch
 
 from distill.jobs.command import run
 from distill.jobs.student import load_student
+from distill.methods import METHODS
 from students.export import export_student
 from teachers.conditions.prompts import load_prompts
 
@@ -35,7 +36,6 @@ def export(arguments: argparse.Namespace) -> None:
     pipeline.register_to_config(temperature=arguments.temperature)
     measurements = json.loads(arguments.measurements.read_text()) if arguments.measurements else []
     metadata = {
-        "method": "Di[M]O (arXiv 2503.15457)",
         "teacher": job.teacher,
         "steps": str(step),
         "batch_size": str(job.training.batch_size),
@@ -43,10 +43,11 @@ def export(arguments: argparse.Namespace) -> None:
         "settings": json.dumps(asdict(job.method) | asdict(job.initial)),
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}",
     }
-    prompts = load_prompts(job.prompts)[:10] if pipeline.takes_prompts else None
+    prompts = load_prompts(job.prompts) if pipeline.condition_kind == "text" else None
     export_student(
         pipeline,
         arguments.output,
+        method=METHODS[job.method.name],
         metadata=metadata,
         measurements=measurements,
         protocol=arguments.protocol,

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685): student and auxiliary as small additions to one frozen network."""
+"""Networks that start as the teacher and learn: copies of it, or LoRA adapters (arXiv 2106.09685) on its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
-from teachers.pipeline import Denoiser
+from teachers.denoiser import Denoiser
+
+
+def make_learner(teacher: Denoiser, freeze_embeddings: bool, adapter_rank: int = 0) -> Denoiser:
+    """A copy of the teacher that learns, without dropout; or adapters of a rank, on the teacher's own weights."""
+    if adapter_rank:
+        return with_adapters(teacher, adapter_rank).eval()
+    learner = copy.deepcopy(teacher).requires_grad_(True).eval()
+    if freeze_embeddings:
+        for parameter in learner.embedding_parameters():
+            parameter.requires_grad_(False)
+    return learner
 
 
 class AdaptedLinear(Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,10 +17,20 @@ from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators
 
 
+class Credits(Protocol):
+    """What a model card says of a method; `citation` is BibTeX."""
+
+    title: str
+    reference: str
+    url: str
+    citation: str
+
+
 def export_student(
     pipeline: OneStepPipeline,
     output: Path,
     *,
+    method: Credits,
     metadata: dict[str, str],
     measurements: list[dict[str, Any]],
     protocol: str,
@@ -29,19 +39,27 @@ def export_student(
     """Write a `OneStepPipeline` folder, read it back and compare before it gets its name.
 
     Args:
-        metadata: method, settings and source; goes into the safetensors files and the model card.
+        method: how it was distilled.
+        metadata: settings and source; goes, with the method, into the safetensors files and the model card.
         measurements: rows of the model card's table; all with the same keys.
         protocol: what the measurements are.
-        prompts: for the samples of a student of text; at most ten.
+        prompts: for the samples of a student of text; the first ten.
 
     Raises ValueError if the output folder is not empty, RuntimeError if what was read back differs.
     """
     environment = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined)
     template = environment.get_template("model_card.md.jinja")
+    metadata = {"method": f"{method.title} ({method.reference})", **metadata}
+    columns = example_conditions(pipeline, prompts)
     card = template.render(
-        name=output.name, metadata=metadata, measurements=measurements, protocol=protocol, prompts=prompts
+        name=output.name,
+        method=method,
+        metadata=metadata,
+        measurements=measurements,
+        protocol=protocol,
+        kind=pipeline.condition_kind,
+        prompts=columns,
     )
-    columns = list(range(min(pipeline.num_classes, 10))) if prompts is None else prompts
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
         for component in ("denoiser", "initialiser"):
@@ -52,9 +70,18 @@ def export_student(
         _compare(pipeline, OneStepPipeline.from_pretrained(folder), columns)
 
 
+def example_conditions(pipeline: TokenPipeline, prompts: list[str] | None = None) -> list[Any]:
+    """Ten conditions to show samples of: the first classes, the first of the prompts, or ten times none."""
+    if pipeline.condition_kind == "text":
+        if not prompts:
+            raise ValueError("this model is conditioned on text: say what to draw")
+        return prompts[:10]
+    return list(range(min(pipeline.num_classes, 10))) if pipeline.condition_kind == "classes" else [None] * 10
+
+
 @torch.no_grad()
-def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline, conditions: list[int] | list[str]) -> None:
-    """Raise RuntimeError unless both give the same initial tokens and logits for these classes or prompts."""
+def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline, conditions: list[Any]) -> None:
+    """Raise RuntimeError unless both give the same initial tokens and logits for these conditions."""
     results = []
     for candidate in (pipeline, reloaded):
         condition = candidate.encode_condition(conditions)

@@ -12,7 +12,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from teachers.conditions.condition import ClassCondition, Condition, Conditions
+from teachers.conditions.condition import Condition, Conditions
 from teachers.corruption import random_mask
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.randomness import Generators, invert_cumulative, rand, randn
@@ -38,17 +38,17 @@ def perturb_embeddings(
 @torch.no_grad()
 def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> torch.Tensor:
     """The teacher's token probabilities on a fully masked input: (num_classes, L, V) for each class, or (1, L, V), the
-    mean over prompts: of these, as many as `MARGINAL_PROMPTS` that are spread over all."""
-    places = torch.arange(len(conditions))
-    if teacher.takes_prompts:
-        places = places[:: -(-len(places) // MARGINAL_PROMPTS)]
+    mean over prompts: of these, as many as `MARGINAL_PROMPTS` that are spread over all; or of no condition."""
+    rows = torch.arange(len(conditions))
+    if teacher.condition_kind == "text":
+        rows = rows[:: -(-len(rows) // MARGINAL_PROMPTS)]
     marginals = []
-    for part in places.split(64):
+    for part in rows.split(64):
         condition = conditions.condition(part, teacher.device)
         masks = torch.full((len(part), teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
         marginals.append(teacher.denoiser(masks, condition).float().softmax(-1))
-    if teacher.takes_prompts:
-        return torch.stack([part.sum(0) for part in marginals]).sum(0, keepdim=True) / len(places)
+    if teacher.condition_kind == "text":
+        return torch.stack([part.sum(0) for part in marginals]).sum(0, keepdim=True) / len(rows)
     return torch.cat(marginals)
 
 
@@ -57,7 +57,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
 
     The share is drawn uniformly from `mask_ratio` = (lowest, highest) for each sample. The random tokens are "uniform"
     over the codebook (the paper) or drawn from the teacher's "marginal": for the class, or, with `num_classes=0`, for
-    prompts on the average (see `teacher_marginals`).
+    prompts on the average or without any condition (see `teacher_marginals`).
     """
 
     @register_to_config
@@ -89,20 +89,20 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         teacher: TokenPipeline,
         random_tokens: str = "uniform",
         *,
-        prompts: Conditions | None = None,
+        conditions: Conditions | None = None,
         **settings,
     ) -> TokenInitialiser:
-        """With the teacher's tokens and, where asked for, its marginals: of each class, or over prompts."""
+        """With the teacher's tokens and, where asked for, its marginals: of each class, or over the prompts given."""
         initialiser = cls(
             teacher.token_grid,
             teacher.codebook_size,
-            0 if teacher.takes_prompts else teacher.num_classes,
+            teacher.num_classes if teacher.condition_kind == "classes" else 0,
             teacher.mask_token_id,
             random_tokens=random_tokens,
             **settings,
         )
         if random_tokens == "marginal":
-            conditions = all_classes(teacher) if prompts is None else prompts
+            conditions = all_classes(teacher) if conditions is None else conditions
             initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher, conditions).cumsum(-1))
         return initialiser.to(teacher.device)
 
@@ -122,9 +122,9 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         uniform = rand(len(condition), length, generator=generator, device=cumulative.device)
         if self.config.random_tokens == "uniform":
             return (uniform * self.config.codebook_size).long()
-        if isinstance(condition, ClassCondition):
+        if self.config.num_classes:
             return invert_cumulative(cumulative[condition.class_labels], uniform)
-        by_position = uniform.T.contiguous() * cumulative[0, :, -1:]  # prompts share the probabilities of a position
+        by_position = uniform.T.contiguous() * cumulative[0, :, -1:]  # all share the probabilities of a position
         return torch.searchsorted(cumulative[0], by_position, right=True).T
 
     def perturb(self, embeddings: torch.Tensor, generator: Generators = None) -> torch.Tensor:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers import ModelMixin
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import Condition
-from teachers.pipeline import Denoiser, ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
+from teachers.pipeline import ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
 from teachers.randomness import Generators, sample_tokens
 
 
 class OneStepPipeline(TokenPipeline):
-    """A generator that needs one network evaluation: `pipe(class_labels=[3, 7]).images` or `pipe("a prompt").images`.
+    """A generator that needs one network evaluation: `pipe(class_labels=[3, 7]).images`, `pipe("a prompt").images`
+    or, unconditional, `pipe(batch_size=4).images`.
 
     `temperature`, `top_k` and `top_p` are the defaults for drawing tokens, saved with the pipeline.
     """
@@ -23,7 +25,7 @@ class OneStepPipeline(TokenPipeline):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: ModelMixin,
         tokenizer: ImageTokenizer,
         initialiser: TokenInitialiser,
         text_encoder: CLIPTextModelWithProjection | None = None,
@@ -49,6 +51,7 @@ class OneStepPipeline(TokenPipeline):
         class_labels: Sequence[int] | torch.Tensor | int | None = None,
         *,
         condition: Condition | None = None,
+        batch_size: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -56,12 +59,13 @@ class OneStepPipeline(TokenPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> MaskedDiffusionOutput | tuple:
-        """Generate one image per prompt or class label, or per row of an encoded `condition`, with one evaluation each.
+        """Generate one image per prompt or class label, or per row of an encoded `condition`, or `batch_size` images
+        (default 1) of an unconditional student, with one evaluation each.
 
         What is not given is the pipeline's default (`pipe.config`). A list of generators, one per image, makes each
         image independent of the batch that it is made in.
         """
-        condition = self._condition(prompt, class_labels, condition, negative_prompt=None)
+        condition = self._condition(prompt, class_labels, condition, batch_size)
         initial = self.initialiser(condition, generator)
         logits = self.denoiser(initial, condition, self.initialiser.perturbation(generator))
         tokens = sample_tokens(

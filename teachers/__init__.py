@@ -1,8 +1,13 @@
 """Masked diffusion models: networks, tokenizers, corruption, samplers, training objectives."""
 
+from diffusers import ModelMixin
+
 from teachers.conditions.condition import Condition
+from teachers.denoiser import Denoiser
+from teachers.networks.amused import AmusedDenoiser
 from teachers.networks.halton import HaltonMaskGITTransformer
 from teachers.networks.maskgit import MaskGITTransformer
+from teachers.networks.meissonic import MeissonicTransformer
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.samplers import (
     ConfidenceThresholdSampler,
@@ -18,8 +23,10 @@ from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.vq import VQTokenizer
 
 __all__ = [
+    "AmusedDenoiser",
     "Condition",
     "ConfidenceThresholdSampler",
+    "Denoiser",
     "EntropyBoundedSampler",
     "FirstHittingSampler",
     "HaltonMaskGITTransformer",
@@ -27,9 +34,23 @@ __all__ = [
     "MaskGITSampler",
     "MaskGITTransformer",
     "MaskedDiffusionPipeline",
+    "MeissonicTransformer",
+    "ModelMixin",
     "PUNTSampler",
     "PatchTokenizer",
     "ReMDMSampler",
     "SelfCorrectionSampler",
     "VQTokenizer",
 ]
+
+# A saved pipeline names its components by module and class: by this package, whatever files they lie in. diffusers
+# loads them by what it finds here, `ModelMixin` among it.
+for _saved in (
+    AmusedDenoiser,
+    HaltonMaskGITTransformer,
+    MaskGITTransformer,
+    MeissonicTransformer,
+    PatchTokenizer,
+    VQTokenizer,
+):
+    _saved.__module__ = __name__

@@ -1,6 +1,6 @@
 """The forward process: how tokens are masked.
 
-Shapes: B batch, L tokens.
+Shapes: B batch, L tokens, M masked ones.
 """
 
 import math
@@ -26,7 +26,13 @@ def scheduled_mask_ratio(schedule: str, progress: torch.Tensor | float) -> torch
 
 
 def random_mask(mask_ratio: torch.Tensor, length: int, generator: Generators = None) -> torch.Tensor:
-    """Masks (B, L) with exactly round(L * ratio) positions set, and at least one, for ratios (B,) in [0, 1]."""
+    """Masks (B, L) of ratios in [0, 1]: (B,) of samples, or (B, L) of positions.
+
+    Of a sample exactly round(L * ratio) positions are masked, and at least one. With a ratio for each position each is
+    masked by itself with that probability, and perhaps none is.
+    """
+    if mask_ratio.dim() == 2:
+        return rand(*mask_ratio.shape, generator=generator, device=mask_ratio.device) < mask_ratio
     num_masked = (mask_ratio * length).round().clamp(1, length)
     order = rand(len(mask_ratio), length, generator=generator, device=mask_ratio.device).argsort(-1)
     return order < num_masked[:, None]
@@ -35,10 +41,10 @@ def random_mask(mask_ratio: torch.Tensor, length: int, generator: Generators = N
 def corrupt(
     tokens: torch.Tensor, mask_ratio: torch.Tensor, mask_token_id: int, generator: Generators = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask tokens (B, L) at the ratios (B,): the corrupted tokens x_t ~ q(. | x_0) and the M masked places.
+    """Mask tokens (B, L) at ratios (B,) or (B, L): the corrupted tokens x_t ~ q(. | x_0) and the M masked positions.
 
-    Places (M,) are counted through the batch, b L + l. With ratios on the CPU nothing waits for a GPU to count them.
+    Positions (M,) are counted through the batch, b L + l. With ratios on the CPU nothing waits for a GPU to count them.
     """
     mask = random_mask(mask_ratio, tokens.shape[1], generator)
-    places = mask.flatten().nonzero()[:, 0]
-    return tokens.masked_fill(to_device(mask, tokens.device), mask_token_id), to_device(places, tokens.device)
+    positions = mask.flatten().nonzero()[:, 0]
+    return tokens.masked_fill(to_device(mask, tokens.device), mask_token_id), to_device(positions, tokens.device)

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from teachers.component import settings_of
 from teachers.conditions.condition import ClassCondition, Condition, TextCondition
 
 NUM_TEXT_TOKENS = 77  # CLIP's
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **more: Any) -> int:
+    """Two matrix products: scores of queries (..., L, E) with keys (..., S, E), and sums of values (..., S, D)."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest, **more
+) -> int:
+    """Two for each of those; that kernels compute the scores again does not count."""
+    return 2 * _attention(query, key, value)
+
+
+# By the formula of attention, whatever kernel does it: torch's counter knows those of GPUs alone, and counts otherwise.
+KERNELS = ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu")
+FORMULAS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
+    for kernel in KERNELS
+    for suffix, formula in [("", _attention), ("_backward", _attention_backward)]
+}
+
+
+@contextlib.contextmanager
+def count_operations() -> Iterator[FlopCounterMode]:
+    """Counts operations (2 for a multiplication and addition) of what is run within: `counter.get_total_flops()`.
+
+    Compiled layers run as they are written meanwhile, for nothing looks into compiled ones.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        yield counter
 
 
 def num_parameters(network: ModelMixin) -> int:
@@ -23,14 +58,14 @@ def forward_flops(denoiser: ModelMixin) -> int:
     height, width = denoiser.config.token_grid
     skeleton = _without_weights(denoiser)
     tokens = torch.zeros(1, height * width, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as counter:
         skeleton(tokens, _some_condition(denoiser))
     return counter.get_total_flops()
 
 
 def _some_condition(denoiser: ModelMixin) -> Condition:
-    if not hasattr(denoiser, "text_sizes"):
-        return ClassCondition(torch.zeros(1, dtype=torch.long, device="meta"))
+    if denoiser.condition_kind != "text":
+        return ClassCondition.none(1, "meta")
     width, pooled_width = denoiser.text_sizes
     shapes = (1, NUM_TEXT_TOKENS, width), (1, pooled_width), (1, 5)
     return TextCondition(*(torch.zeros(shape, device="meta") for shape in shapes))
@@ -40,15 +75,14 @@ def decoder_flops(tokenizer: ModelMixin) -> int:
     """Operations of a tokenizer's decoder on one image, without computing it."""
     height, width = tokenizer.token_grid
     skeleton = _without_weights(tokenizer)
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as counter:
         skeleton.decode(torch.zeros(1, height * width, dtype=torch.long, device="meta"))
     return counter.get_total_flops()
 
 
 def _without_weights(network: ModelMixin) -> ModelMixin:
-    settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        return type(network)(**settings)
+        return type(network)(**settings_of(network))
 
 
 def cost_summary(pipeline: DiffusionPipeline) -> str:

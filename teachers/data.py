@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from teachers.progress import progress_bar
 
 NUM_TEST_DIGITS = 297
+NO_CLASS = -1  # in place of a label
 
 
 @dataclass
@@ -44,8 +45,8 @@ class DataConfig:
 class ImageData(torch.utils.data.Dataset):
     """Images with their class labels, read when they are asked for: `data[i]` -> ((C, H, W) float in [0, 1], label).
 
-    `rows` gives the images of a list of places, `to_tensor` maps one of them. `labels` (N,) are -1 without a label
-    column; `texts` is None without a text column.
+    `rows` gives the images of a list of numbers, `to_tensor` maps one of them. `labels` (N,) are `NO_CLASS` without a
+    label column; `texts` is None without a text column.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class ImageData(torch.utils.data.Dataset):
         class_names: list[str],
         texts: list[str] | None,
         to_tensor: Callable[[Any], torch.Tensor],
-        places: list[int] | None = None,
+        numbers: list[int] | None = None,
     ):
         self.rows = rows
         self.labels = labels
         self.class_names = class_names
         self.texts = texts
         self._to_tensor = to_tensor
-        self._places = list(range(len(labels))) if places is None else places  # of the rows that are ours
+        self._numbers = list(range(len(labels))) if numbers is None else numbers  # of the rows that are ours
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,11 +73,11 @@ class ImageData(torch.utils.data.Dataset):
 
     def __getitems__(self, index: list[int]) -> list[tuple[torch.Tensor, int]]:
         # Many rows at once are read ten times as fast as one by one.
-        places = [self._places[i] for i in index]
+        numbers = [self._numbers[i] for i in index]
         try:
-            rows = self.rows[places]
+            rows = self.rows[numbers]
         except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"one of the images {places[0]} to {places[-1]} cannot be read: {error}") from error
+            raise ValueError(f"one of the images {numbers[0]} to {numbers[-1]} cannot be read: {error}") from error
         return [(self._to_tensor(row), int(self.labels[i])) for row, i in zip(rows, index, strict=True)]
 
     @property
@@ -98,8 +99,8 @@ class ImageData(torch.utils.data.Dataset):
     def subset(self, index: list[int]) -> ImageData:
         """The images of these rows."""
         texts = None if self.texts is None else [self.texts[i] for i in index]
-        places = [self._places[i] for i in index]
-        return ImageData(self.rows, self.labels[index], self.class_names, texts, self._to_tensor, places)
+        numbers = [self._numbers[i] for i in index]
+        return ImageData(self.rows, self.labels[index], self.class_names, texts, self._to_tensor, numbers)
 
     def images(self, description: str | None = None) -> torch.Tensor:
         """All images at once, (N, C, H, W)."""
@@ -109,12 +110,13 @@ class ImageData(torch.utils.data.Dataset):
 def load_data(config: DataConfig) -> ImageData:
     """Open the images that the configuration names; ValueError or FileNotFoundError if that fails."""
     if config.name == "digits":
-        return _load_digits(config.split)
+        return _load_digits(config.split, labelled=bool(config.label_column))
     dataset = open_dataset(config.name, config.split)
     columns = [config.image_column, config.label_column, config.text_column]
     for column in filter(None, columns):
         if column not in dataset.column_names:
-            raise ValueError(f"{config.name} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+            hint = "; images without labels are read with label_column=" if column == config.label_column else ""
+            raise ValueError(f"{config.name} has no column {column!r}; it has {', '.join(dataset.column_names)}{hint}")
     labels, class_names = _class_labels(dataset, config.label_column)
     return ImageData(
         rows=dataset.cast_column(config.image_column, datasets.Image())[config.image_column],
@@ -125,7 +127,7 @@ def load_data(config: DataConfig) -> ImageData:
     )
 
 
-def _load_digits(split: str) -> ImageData:
+def _load_digits(split: str, labelled: bool) -> ImageData:
     """scikit-learn's 1,797 real 8x8 digits, shuffled once; the last 297 are the test split, "all" is both."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
@@ -134,7 +136,9 @@ def _load_digits(split: str) -> ImageData:
         raise ValueError(f"digits has no split {split!r}; it has {', '.join(parts)}")
     chosen = parts[split]
     rows = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 16
-    return ImageData(rows, torch.from_numpy(labels[chosen]), [str(digit) for digit in range(10)], None, lambda row: row)
+    names = [str(digit) for digit in range(10)] if labelled else []
+    classes = torch.from_numpy(labels[chosen]) if labelled else torch.full((len(chosen),), NO_CLASS)
+    return ImageData(rows, classes, names, None, lambda row: row)
 
 
 def open_dataset(name: str, split: str) -> datasets.Dataset:
@@ -166,7 +170,7 @@ def open_dataset(name: str, split: str) -> datasets.Dataset:
 
 def _class_labels(dataset: datasets.Dataset, column: str) -> tuple[torch.Tensor, list[str]]:
     if not column:
-        return torch.full((len(dataset),), -1), []
+        return torch.full((len(dataset),), NO_CLASS), []
     feature = dataset.features[column]
     values = list(dataset[column])
     if isinstance(feature, datasets.ClassLabel):

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and safetensors that know where they come from."""
+"""Folders and files that are written whole or not at all, and safetensors that know where they come from."""
 
 from __future__ import annotations
 
@@ -30,6 +30,27 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists():
         output.rmdir()
     os.replace(staging, output)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is on the disk; after an error all is as it was."""
+    staging = path.with_name(f".{path.name}.staging")
+    try:
+        yield staging
+        sync(staging)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def stamp(folder: Path, metadata: dict[str, str]) -> None:

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
 
 from teachers.conditions.condition import Condition
+from teachers.denoiser import Denoiser
 from teachers.randomness import shape_logits
 
 
+def check_guidance(denoiser: Denoiser, guidance_scale: float) -> None:
+    """A ValueError for guidance where there is no condition."""
+    if denoiser.condition_kind == "none" and guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} leads towards a condition, and this model has none; leave it at 1"
+        )
+
+
 def guide(
-    denoiser: nn.Module,
+    denoiser: Callable[..., torch.Tensor],
     tokens: torch.Tensor,
     condition: Condition,
     guidance_scale: float | torch.Tensor,
-    where: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Guided logits u + s (c - u) (B, L, V) from one concatenated forward; s = 1 is the plain conditional forward.
 
-    The scale is one number, or, without `where`, a tensor (B,) with one for each sample. With places `where` (M,),
+    The scale is one number, or, without `positions`, a tensor (B,) with one for each sample. With `positions` (M,),
     counted through the batch as b L + l, the logits are theirs (M, V).
     """
     if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
-        return denoiser(tokens, condition, **_places(where))
+        return denoiser(tokens, condition, **_positions(positions))
     both = Condition.concatenate([condition, condition.null()])
-    if where is not None:
-        where = torch.cat([where, where + tokens.numel()])
-    logits = denoiser(torch.cat([tokens, tokens]), both, **_places(where))
+    if positions is not None:
+        positions = torch.cat([positions, positions + tokens.numel()])
+    logits = denoiser(torch.cat([tokens, tokens]), both, **_positions(positions))
     conditional, unconditional = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     if isinstance(guidance_scale, torch.Tensor):
         guidance_scale = guidance_scale.to(conditional)[:, None, None]
     return unconditional.lerp_(conditional, guidance_scale)  # in place, for memory
 
 
-def _places(where: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _positions(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Samplers ask of a denoiser no more than (tokens, condition): any masked model is one to them."""
-    return {} if where is None else {"where": where}
+    return {} if positions is None else {"positions": positions}
 
 
 RAMPS = ("constant", "linear")
@@ -50,7 +61,7 @@ class GuidedDenoiser:
     """
 
     def __init__(
-        self, denoiser: nn.Module, condition: Condition, guidance_scale: float = 1.0, ramp: str = "constant", **shape
+        self, denoiser: Any, condition: Condition, guidance_scale: float = 1.0, ramp: str = "constant", **shape
     ):
         if ramp not in RAMPS:
             raise ValueError(f"guidance_ramp={ramp!r} is not known; choose from {', '.join(RAMPS)}")

@@ -17,23 +17,29 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.conditions.condition import ClassCondition, ClassLabels, Condition, TextCondition
 from teachers.conditions.prompts import encode_prompts, micro_conditions
-from teachers.guidance import GuidedDenoiser, guide
-from teachers.networks.amused import AmusedDenoiser
-from teachers.networks.halton import HaltonMaskGITTransformer
-from teachers.networks.maskgit import MaskGITTransformer
-from teachers.networks.meissonic import MeissonicTransformer
+from teachers.data import NO_CLASS
+from teachers.denoiser import ConditionKind, Denoiser, lacks
+from teachers.guidance import GuidedDenoiser, check_guidance, guide
 from teachers.randomness import Generators
 from teachers.released.published import is_published, published_components
 from teachers.samplers.sampler import Sampler
 from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.vq import VQTokenizer
 
-ClassDenoiser = MaskGITTransformer | HaltonMaskGITTransformer
-TextDenoiser = AmusedDenoiser | MeissonicTransformer
-Denoiser = ClassDenoiser | TextDenoiser
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+
+# What components were called in folders of the time when a file's name was part of theirs.
+FORMER_NAMES = {
+    "teachers.network": "teachers",
+    "teachers.halton_network": "teachers",
+    "teachers.meissonic_network": "teachers",
+    "teachers.amused": "teachers",
+    "teachers.tokenizer": "teachers",
+    "teachers.vq": "teachers",
+    "students.initialisation": "students",
+}
 
 
 @dataclass
@@ -77,6 +83,16 @@ class TokenPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
+    def load_config(cls, name: Any, **settings) -> Any:
+        """The index of a folder or hub id, as diffusers reads it, with today's names of the components."""
+        loaded = super().load_config(name, **settings)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        for key, entry in index.items():
+            if isinstance(entry, list) and entry and str(entry[0]) in FORMER_NAMES:
+                index[key] = [FORMER_NAMES[entry[0]], *entry[1:]]
+        return loaded
+
+    @classmethod
     def _check_components(cls, index: dict[str, Any]) -> None:
         hints = get_type_hints(cls.__init__)
         for name, entry in index.items():
@@ -85,9 +101,11 @@ class TokenPipeline(DiffusionPipeline):
             library, class_name = map(str, entry)
             part = getattr(sys.modules.get(library), class_name, None)  # diffusers would import the library
             if not isinstance(part, type) or not _is_part(part, hints.get(name)):
+                missing = lacks(part) if name == "denoiser" and isinstance(part, type) else []
                 raise ValueError(
                     f"model_index.json is refused: it names {library}.{class_name} as the {name}. A network of your "
                     "own has to be imported first, and needs the interface that docs/guide.md says"
+                    + (f"; it lacks {', '.join(missing)}" if missing else "")
                 )
 
     @property
@@ -99,9 +117,9 @@ class TokenPipeline(DiffusionPipeline):
         return self.tokenizer.codebook_size
 
     @property
-    def takes_prompts(self) -> bool:
-        """Whether the condition is text; otherwise it is a class."""
-        return isinstance(self.denoiser, TextDenoiser)
+    def condition_kind(self) -> ConditionKind:
+        """ "classes", "text" or "none"."""
+        return self.denoiser.condition_kind
 
     @property
     def num_classes(self) -> int:
@@ -116,18 +134,26 @@ class TokenPipeline(DiffusionPipeline):
         return self.token_grid[0] * self.token_grid[1]
 
     def encode_condition(
-        self, conditions: Sequence[int] | Sequence[str] | torch.Tensor | int | str, negative_prompt: str | None = None
+        self,
+        conditions: Sequence[int] | Sequence[str] | Sequence[None] | torch.Tensor | int | str,
+        negative_prompt: str | None = None,
     ) -> Condition:
-        """The condition of prompts, or of class labels, each in 0 .. num_classes - 1.
+        """The condition of prompts, of class labels, each in 0 .. num_classes - 1, or of as many times None.
 
         The negative prompt (default: `pipe.config.negative_prompt`) is what guidance leads away from.
         """
         if isinstance(conditions, int | str):
             conditions = [conditions]
-        if self.takes_prompts:
+        if self.condition_kind == "text":
             return self._encode_prompts(list(conditions), negative_prompt)
         if negative_prompt is not None:
-            raise ValueError("got a negative prompt, but this model is conditioned on class labels")
+            raise ValueError("got a negative prompt, but this model is not conditioned on text")
+        if self.condition_kind == "none":
+            if any(condition is not None for condition in conditions):
+                raise ValueError(
+                    "this model is unconditional: it takes neither class labels nor prompts, only batch_size"
+                )
+            return ClassCondition.none(len(conditions), self.device)
         if any(isinstance(label, str) for label in conditions):
             raise ValueError("got prompts, but this model is conditioned on class labels; pass integers")
         labels = torch.as_tensor(conditions)
@@ -154,12 +180,19 @@ class TokenPipeline(DiffusionPipeline):
         return TextCondition(states[:-1], pooled[:-1], micro, *null)
 
     def _condition(
-        self, prompt: Any, class_labels: Any, condition: Condition | None, negative_prompt: str | None
+        self,
+        prompt: Any,
+        class_labels: Any,
+        condition: Condition | None,
+        batch_size: int | None,
+        negative_prompt: str | None = None,
     ) -> Condition:
-        """The one of the three that was given; the first may be class labels too."""
+        """The one of the three that was given (the first may be class labels too), or none, so many times."""
         given = [kind for kind in (prompt, class_labels, condition) if kind is not None]
-        if len(given) != 1:
-            raise ValueError("pass one of prompt, class_labels and condition")
+        if self.condition_kind == "none" and not given:
+            return ClassCondition.none(1 if batch_size is None else batch_size, self.device)
+        if len(given) != 1 or batch_size is not None:
+            raise ValueError("pass one of prompt, class_labels and condition; batch_size is of unconditional models")
         if isinstance(given[0], Condition):
             return given[0].to(self.device)
         return self.encode_condition(given[0], negative_prompt)
@@ -188,22 +221,24 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def _is_part(part: type, hint: Any) -> bool:
-    """Whether a class is what a type hint admits; as denoiser, any network with the interface of one."""
-    if hint == Denoiser:
-        return issubclass(part, ModelMixin) and hasattr(part, "embedding_parameters")
+    """Whether a class is what a type hint admits; as denoiser, any network that says what one has to say."""
+    if hint is ModelMixin:
+        return issubclass(part, ModelMixin) and not lacks(part)
     return issubclass(part, get_args(hint) or (hint or ()))
 
 
 def all_classes(pipeline: TokenPipeline) -> ClassLabels:
-    """The classes that the pipeline knows, in order."""
-    if pipeline.takes_prompts:
+    """The classes that the pipeline knows, in order; of an unconditional one the single entry `NO_CLASS`."""
+    if pipeline.condition_kind == "none":
+        return ClassLabels(torch.tensor([NO_CLASS]))
+    if pipeline.condition_kind == "text":
         raise ValueError("this model is conditioned on text: it has no classes to go through; name prompts")
     return ClassLabels(torch.arange(pipeline.num_classes))
 
 
 class MaskedDiffusionPipeline(TokenPipeline):
     """A masked diffusion model that generates in several steps: `pipe(class_labels=[3, 7]).images`, or, where it is
-    conditioned on text, `pipe("a red apple").images`.
+    conditioned on text, `pipe("a red apple").images`, or, where it is unconditional, `pipe(batch_size=4).images`.
 
     The settings are the defaults for drawing tokens, saved with the pipeline: `guidance_scale` s in u + s (c - u),
     `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`, and
@@ -214,7 +249,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: ModelMixin,
         tokenizer: ImageTokenizer,
         sampler: Sampler,
         text_encoder: CLIPTextModelWithProjection | None = None,
@@ -255,6 +290,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
         """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
+        check_guidance(self.denoiser, guidance_scale)
         return guide(self.denoiser, tokens, condition, guidance_scale)
 
     @torch.no_grad()
@@ -264,6 +300,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
         class_labels: Sequence[int] | torch.Tensor | int | None = None,
         *,
         condition: Condition | None = None,
+        batch_size: int | None = None,
         negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -272,17 +309,20 @@ class MaskedDiffusionPipeline(TokenPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> MaskedDiffusionOutput | tuple:
-        """Generate one image per prompt or class label, or per row of a `condition` that `encode_condition` gave.
+        """Generate one image per prompt or class label, or per row of a `condition` that `encode_condition` gave; or
+        `batch_size` images (default 1) of an unconditional model.
 
         What is not given is the default of the sampler (`pipe.sampler.config`) or the pipeline (`pipe.config`). A list
         of generators, one per image, makes each image independent of the batch that it is made in.
         """
         config = self.config
-        condition = self._condition(prompt, class_labels, condition, negative_prompt)
+        condition = self._condition(prompt, class_labels, condition, batch_size, negative_prompt)
+        guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        check_guidance(self.denoiser, guidance_scale)
         denoise = GuidedDenoiser(
             self.denoiser,
             condition,
-            config.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale,
             config.guidance_ramp,
             temperature=config.temperature if temperature is None else temperature,
             top_k=config.top_k,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from teachers.conditions.condition import NO_CLASS, ClassCondition, Condition
+from teachers.conditions.condition import ClassCondition, Condition
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import Generators
 from teachers.samplers.sampler import Sampler
@@ -54,7 +54,7 @@ def fill_in_text(
     they are filled in from left to right, a block at a time.
     """
     tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(denoiser.special_tokens.device)
-    unconditional = ClassCondition(torch.full((len(tokens),), NO_CLASS, device=tokens.device))
+    unconditional = ClassCondition.none(len(tokens), tokens.device)
     denoise = GuidedDenoiser(denoiser, unconditional, temperature=temperature, top_k=top_k, top_p=top_p)
     tokens = sampler(
         denoise,

@@ -63,12 +63,12 @@ class ExactDenoiser(nn.Module):
         self.register_buffer("joint", joint())
         self.register_buffer("one_hot", nn.functional.one_hot(states(), CODEBOOK_SIZE).float())
 
-    def forward(self, tokens: torch.Tensor, condition: Condition, perturb=None, where=None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, condition: Condition, perturb=None, positions=None) -> torch.Tensor:
         self.num_calls += 1
         agrees = (tokens[:, None] == self.states) | (tokens[:, None] == self.mask_token_id)
         weights = agrees.all(-1) * self.joint  # (B, V^L)
         logits = torch.einsum("bs,slv->blv", weights, self.one_hot).clamp(min=1e-12).log()
-        return logits if where is None else logits.flatten(0, 1)[where]
+        return logits if positions is None else logits.flatten(0, 1)[positions]
 
 
 class PairDenoiser(nn.Module):
@@ -77,7 +77,7 @@ class PairDenoiser(nn.Module):
     mask_token_id = CODEBOOK_SIZE
     SAME = 0.9
 
-    def forward(self, tokens: torch.Tensor, condition: Condition, perturb=None, where=None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, condition: Condition, perturb=None, positions=None) -> torch.Tensor:
         partner = tokens.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         other = (1 - self.SAME) / (CODEBOOK_SIZE - 1)
         conditional = torch.full((CODEBOOK_SIZE + 1, CODEBOOK_SIZE), other)

@@ -18,8 +18,8 @@ from teachers.guidance import guide
 
 
 class BaselineStep:
-    """A step in the order of the authors' loop: fresh samples for the auxiliary, logits of all places, the gradient by
-    way of a squared error, and norms and metrics read on the host."""
+    """A step in the order of the authors' loop: fresh samples for the auxiliary, logits of all positions, the gradient
+    by way of a squared error, and norms and metrics read on the host."""
 
     def __init__(
         self,

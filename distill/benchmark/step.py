@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.benchmark.baseline import BaselineStep
-from distill.jobs.student import make_learner
 from distill.loop.accelerator import make_accelerator
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer
 from distill.methods.dimo import DiMO, DiMOConfig
+from students.adapters import make_learner
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import ClassCondition
-from teachers.cost import matmul_rate, synchronize
+from teachers.cost import count_operations, matmul_rate, synchronize
+from teachers.denoiser import Denoiser
 from teachers.networks.maskgit import MaskGITTransformer
-from teachers.pipeline import Denoiser
 from teachers.randomness import rand, sample_generators
 
 NUM_CLASSES = 1000
@@ -90,7 +89,7 @@ class StepBenchmark:
 
     def baseline(self) -> Callable[[], None]:
         """A step in the order of the authors' loop."""
-        networks: dict[str, nn.Module] = dict(self._learners())
+        networks: dict[str, Any] = {name: self._learner() for name in ("student", "auxiliary")}
         labels = torch.randint(NUM_CLASSES, (self.settings.batch_size,), device=self.device)
         step = BaselineStep(self.teacher, self.initialiser, self.guidance_scale, networks)
 
@@ -102,30 +101,20 @@ class StepBenchmark:
 
     def ours(self, auxiliary_samples: str = "shared", adapter_rank: int = 0) -> Callable[[], None]:
         """A step of this project's own loop."""
-        networks = self._learners(adapter_rank)
         config = DiMOConfig(guidance_scale=self.guidance_scale, auxiliary_samples=auxiliary_samples)
-        trainer = Trainer(
-            self.settings,
-            self.accelerator,
-            DiMO(config, self.teacher, self.initialiser, compiled=self.settings.compile),
-            networks,
-            dict.fromkeys(networks, self.settings.learning_rate),
-            "student",
-            self._draw_condition,
-            self.folder,
-        )
+        learner = partial(self._learner, adapter_rank)
+        method = DiMO(config, self.teacher, self.initialiser, learner, compiled=self.settings.compile)
+        trainer = Trainer(self.settings, self.accelerator, method, self._draw_condition, self.folder)
         return partial(trainer.train_step, measured=False)  # type: ignore[return-value]
 
-    def _learners(self, adapter_rank: int = 0) -> dict[str, Denoiser]:
-        names = ("student", "auxiliary")
-        networks = {name: make_learner(self.teacher, True, adapter_rank=adapter_rank) for name in names}
+    def _learner(self, adapter_rank: int = 0) -> Denoiser:
+        network = make_learner(self.teacher, True, adapter_rank)
         if self.settings.compile:
-            for network in networks.values():
-                network.compile_repeated_blocks()
-        return networks
+            network.compile_repeated_blocks()
+        return network
 
-    def _draw_condition(self, step: int, places: range, generator: list[torch.Generator]) -> ClassCondition:
-        uniform = rand(len(places), 1, generator=generator, device=self.device).squeeze(1)
+    def _draw_condition(self, step: int, places: range, generators: list[torch.Generator]) -> ClassCondition:
+        uniform = rand(len(places), 1, generator=generators, device=self.device).squeeze(1)
         return ClassCondition((uniform * NUM_CLASSES).long())
 
     def measure(self, builders: dict[str, Callable[[], Callable[[], None]]], num_repeats: int) -> list[dict[str, Any]]:
@@ -140,7 +129,7 @@ class StepBenchmark:
             peaks[name] = weights + memory.peak
         flops = {}
         for name, step in steps.items():
-            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            with count_operations() as counter:
                 step()
             flops[name] = counter.get_total_flops()
         seconds = interleaved(steps, num_repeats, self.device)
@@ -199,10 +188,10 @@ class _Head(nn.Module):
         self.mask_token_id = mask_token_id
 
     def forward(
-        self, tokens: torch.Tensor, condition: object, perturb: None = None, where: torch.Tensor | None = None
+        self, tokens: torch.Tensor, condition: object, perturb: None = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         hidden = self.hidden.repeat(len(tokens) // len(self.hidden), 1, 1)
-        return (hidden if where is None else hidden.flatten(0, 1)[where]) @ self.codebook.T
+        return (hidden if positions is None else hidden.flatten(0, 1)[positions]) @ self.codebook.T
 
 
 class LossPath:
@@ -224,13 +213,14 @@ class LossPath:
         self.networks: dict[str, nn.Module] = {
             name: _Head(shape, codebook, codebook_size) for name in ("student", "auxiliary")
         }
-        self.teacher = _Head(shape, codebook, codebook_size).requires_grad_(False)
+        teacher: Any = _Head(shape, codebook, codebook_size).requires_grad_(False)
         self.condition = ClassCondition(torch.zeros(batch_size, dtype=torch.long))
         self.initialiser = TokenInitialiser(token_grid, codebook_size, 1, codebook_size)
         config = DiMOConfig(guidance_scale=guidance_scale)
-        self.method = DiMO(config, self.teacher, self.initialiser)
-        self.compiled = DiMO(config, self.teacher, self.initialiser, compiled=True)
-        self.baseline = BaselineStep(self.teacher, self.initialiser, guidance_scale, self.networks)
+        learner: Any = iter([*self.networks.values()] * 2).__next__
+        self.method = DiMO(config, teacher, self.initialiser, learner)
+        self.compiled = DiMO(config, teacher, self.initialiser, learner, compiled=True)
+        self.baseline = BaselineStep(teacher, self.initialiser, guidance_scale, self.networks)
 
     def plain(self) -> None:
         self.baseline.student_loss(self.condition)[0].backward()
@@ -238,8 +228,8 @@ class LossPath:
 
     def ours(self, compiled: bool = False) -> None:
         method = self.compiled if compiled else self.method
-        generator = sample_generators(0, places=range(len(self.condition)))
-        losses, _ = method.losses(self.networks, method.updates[0], self.condition, generator)
+        generators = sample_generators(0, places=range(len(self.condition)))
+        losses, _ = method.losses(self.networks, method.updates[0], self.condition, generators)
         torch.stack(list(losses.values())).sum().backward()
 
     def measure(self, num_repeats: int) -> list[dict[str, Any]]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from distill.config import section, setting, to_yaml
-from distill.loop.accelerator import make_accelerator
+from distill.config import section, setting
+from distill.jobs.run import open_run
 from distill.loop.batches import ShuffledRows
-from distill.loop.checkpoint import claim_output
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.conditions.prompts import tokenize
 from teachers.data import DataConfig, ImageData, load_data
+from teachers.objectives.objective import Objective
 from teachers.randomness import derive_seed, rand
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -55,17 +54,20 @@ class CLIPJob:
 Monitor = Callable[[CLIPModel, CLIPProcessor, int], dict[str, float]]
 
 
-class ContrastiveObjective:
+class ContrastiveObjective(Objective):
     """Each image finds its caption among those of the batch, and each caption its image."""
 
-    updates = (("clip",),)
+    averaged, updates = "clip", (("clip",),)
+
+    def __init__(self, clip: CLIPModel):
+        self.networks = {"clip": clip}
 
     def losses(
         self,
         networks: dict[str, nn.Module],
         update: tuple[str, ...],
         batch: tuple[torch.Tensor, torch.Tensor],
-        generator: list[torch.Generator],
+        generators: list[torch.Generator],
         measured: bool = False,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         images, tokens = batch
@@ -82,15 +84,10 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
 
     False if interrupted.
     """
-    output = Path(job.output)
     data = load_data(job.data)
     if data.texts is None:
         raise ValueError("a CLIP learns from captions: name their column (data.text_column)")
-    accelerator = make_accelerator(job.training, output)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            claim_output(output, job.training.resume)
-            (output / "config.yaml").write_text(to_yaml(job))
+    accelerator, output = open_run(job)
     tokenizer = make_text_tokenizer(data.texts, job.network)
     processor = CLIPProcessor(make_image_processor(data), tokenizer)
     torch.manual_seed(derive_seed(job.training.seed, "clip"))
@@ -101,9 +98,9 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     tokens, _ = tokenize(tokenizer, data.texts)
     rows = ShuffledRows(len(data), job.training.batch_size, job.training.seed)
 
-    def draw_batch(step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_batch(step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = rows(step, places)
-        moved = shift_images(images[chosen], job.shift, generator)
+        moved = shift_images(images[chosen], job.shift, generators)
         return moved.to(accelerator.device), tokens[chosen].to(accelerator.device)
 
     def evaluate(network: CLIPModel, step: int) -> dict[str, float]:
@@ -113,10 +110,7 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     trainer = Trainer(
         job.training,
         accelerator,
-        ContrastiveObjective(),
-        networks={"clip": clip.train()},
-        learning_rates={"clip": job.training.learning_rate},
-        averaged="clip",
+        ContrastiveObjective(clip.train()),
         draw_batch=draw_batch,
         output=output,
         evaluate=on_main_process(evaluate) if monitor is not None else None,
@@ -131,13 +125,13 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     return finished
 
 
-def shift_images(images: torch.Tensor, largest: int, generator: list[torch.Generator]) -> torch.Tensor:
+def shift_images(images: torch.Tensor, largest: int, generators: list[torch.Generator]) -> torch.Tensor:
     """Images (B, C, H, W), each moved by up to `largest` pixels to every side."""
     if largest == 0:
         return images
     height, width = images.shape[-2:]
     padded = F.pad(images, (largest,) * 4, mode="replicate")
-    offsets = (rand(len(images), 2, generator=generator, device=images.device) * (2 * largest + 1)).long()
+    offsets = (rand(len(images), 2, generator=generators, device=images.device) * (2 * largest + 1)).long()
     return torch.stack(
         [
             image[:, top : top + height, left : left + width]

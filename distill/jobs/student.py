@@ -1,24 +1,25 @@
-"""The job that distils a teacher into a one-step student with Di[M]O."""
+"""The job that distils a teacher into a one-step student, by the method of its configuration."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 
-from distill.config import load_config, section, setting, to_yaml
-from distill.loop.accelerator import make_accelerator
-from distill.loop.alarms import AlarmConfig, Alarms
-from distill.loop.checkpoint import best_checkpoint, claim_output, newest_checkpoint, verify_checkpoint
+from distill.config import choice, load_config, section, setting
+from distill.jobs.run import open_run
+from distill.loop.alarms import AlarmConfig
+from distill.loop.checkpoint import best_checkpoint, newest_checkpoint, verify_checkpoint
 from distill.loop.config import TrainingConfig
 from distill.loop.state import restore, trained_parameters
 from distill.loop.trainer import AVERAGED, Trainer
-from distill.methods.dimo import DiMO, DiMOConfig
-from students.adapters import merged, with_adapters
+from distill.methods import METHODS
+from students.adapters import make_learner, merged
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.conditions.condition import Condition, Conditions
@@ -26,9 +27,10 @@ from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
 from teachers.conditions.prompts import PromptConfig, load_prompts
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
+from teachers.denoiser import Denoiser
 from teachers.folder import new_folder
 from teachers.networks.recompute import recompute_activations
-from teachers.pipeline import Denoiser, MaskedDiffusionPipeline, all_classes
+from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 from teachers.randomness import derive_seed, rand
 
 
@@ -58,10 +60,9 @@ class StudentJob:
 
     teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
     output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
-    auxiliary_learning_rate: float = setting(1e-3, "about five times the student's: the auxiliary has to follow it")
     adapter_rank: int = setting(0, "learn LoRA adapters of this rank on the teacher's frozen weights; 0: all weights")
     freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
-    method: DiMOConfig = section(DiMOConfig, "Di[M]O")
+    method: Any = choice(METHODS, "dimo", "how the student learns")
     initial: InitialConfig = section(InitialConfig, "initial tokens")
     training: TrainingConfig = section(lambda: TrainingConfig(learning_rate=2e-4), "the loop")
     alarms: AlarmConfig = section(AlarmConfig, "what tells that it has gone wrong")
@@ -70,11 +71,15 @@ class StudentJob:
     monitor: DataConfig = section(lambda: DataConfig(name=""), "real images to measure against during training")
     scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of prompts during training")
 
+    FORMERLY: ClassVar = {
+        "auxiliary_learning_rate": "method.auxiliary_learning_rate",
+        "alarms.lowest_token_entropy": "method.lowest_token_entropy",
+        "alarms.lowest_unique_tokens": "method.lowest_unique_tokens",
+    }
+
     def __post_init__(self) -> None:
         if self.adapter_rank < 0:
             raise ValueError(f"adapter_rank={self.adapter_rank} must be 0 or more")
-        if not self.auxiliary_learning_rate > 0:
-            raise ValueError(f"auxiliary_learning_rate={self.auxiliary_learning_rate} must be more than 0")
 
 
 Monitor = Callable[[OneStepPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
@@ -95,14 +100,9 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 
     False if interrupted.
     """
-    output = Path(job.output)
-    teacher = load_teacher(job.teacher)
-    accelerator = make_accelerator(job.training, output)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            claim_output(output, job.training.resume)
-            (output / "config.yaml").write_text(to_yaml(job))
-
+    teacher, method_class = load_teacher(job.teacher), METHODS[job.method.name]
+    method_class.check(job.method, teacher.denoiser)
+    accelerator, output = open_run(job)
     accelerator.print(cost_summary(teacher))
 
     # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
@@ -112,13 +112,10 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         conditions = open_conditions(job, teacher, output)
         initialiser = make_initialiser(job, teacher, conditions, output)
     torch.manual_seed(derive_seed(job.training.seed, "adapters"))
-    student, auxiliary = (
-        make_learner(teacher.denoiser, job.freeze_embeddings, job.training.gradient_checkpointing, job.adapter_rank)
-        for _ in range(2)
-    )
+    learner = partial(learner_of, job, teacher.denoiser)
+    method = method_class(job.method, teacher.denoiser, initialiser, learner, compiled=job.training.compile)
     if job.training.compile:
-        for network in (teacher.denoiser, student, auxiliary):
-            network.compile_repeated_blocks()
+        teacher.denoiser.compile_repeated_blocks()
 
     def pipeline(network: Denoiser) -> OneStepPipeline:
         return OneStepPipeline(merged(network), teacher.tokenizer, initialiser).to(accelerator.device)
@@ -127,21 +124,18 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         assert monitor is not None
         return monitor(pipeline(network), conditions, step, heartbeat)
 
-    def draw_condition(step: int, places: range, generator: list[torch.Generator]) -> Condition:
-        uniform = rand(len(places), 1, generator=generator, device=accelerator.device).squeeze(1)
+    def draw_condition(step: int, places: range, generators: list[torch.Generator]) -> Condition:
+        uniform = rand(len(places), 1, generator=generators, device=accelerator.device).squeeze(1)
         return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
 
     trainer = Trainer(
         job.training,
         accelerator,
-        DiMO(job.method, teacher.denoiser, initialiser, compiled=job.training.compile),
-        networks={"student": student, "auxiliary": auxiliary},
-        learning_rates={"student": job.training.learning_rate, "auxiliary": job.auxiliary_learning_rate},
-        averaged="student",
+        method,
         draw_batch=draw_condition,
         output=output,
         evaluate=evaluate if monitor is not None else None,
-        alarms=Alarms(job.alarms, teacher.codebook_size),
+        alarms=job.alarms,
         sequence_length=teacher.sequence_length,
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
@@ -149,8 +143,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 
 
 def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
-    """All classes, or the prompts: those are encoded into the run's folder once, and the text encoder is let go."""
-    if not teacher.takes_prompts:
+    """All classes, or none, or the prompts: encoded into the run's folder once, and the text encoder is let go."""
+    if teacher.condition_kind != "text":
         return all_classes(teacher)
     if not job.prompts.name:
         raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
@@ -170,25 +164,18 @@ def make_initialiser(
     folder = output / "initialiser"
     if not folder.exists():
         with new_folder(folder) as staging:
-            prompts = conditions if teacher.takes_prompts else None
-            initialiser = TokenInitialiser.for_teacher(teacher, prompts=prompts, **asdict(job.initial))
+            initialiser = TokenInitialiser.for_teacher(teacher, conditions=conditions, **asdict(job.initial))
             initialiser.save_pretrained(staging)
     return TokenInitialiser.from_pretrained(folder).to(teacher.device)
 
 
-def make_learner(
-    teacher: Denoiser, freeze_embeddings: bool, gradient_checkpointing: bool = False, adapter_rank: int = 0
-) -> Denoiser:
-    """A copy of the teacher that learns, without dropout; or adapters of a rank, on the teacher's own weights."""
-    if adapter_rank:
-        learner = with_adapters(teacher, adapter_rank).eval()
-    else:
-        learner = copy.deepcopy(teacher).requires_grad_(True).eval()
-        if freeze_embeddings:
-            for parameter in learner.embedding_parameters():
-                parameter.requires_grad_(False)
-    if gradient_checkpointing:
+def learner_of(job: StudentJob, teacher: Denoiser) -> Denoiser:
+    """A network that starts as the teacher and learns as the job says."""
+    learner = make_learner(teacher, job.freeze_embeddings, job.adapter_rank)
+    if job.training.gradient_checkpointing:
         recompute_activations(learner.layers)
+    if job.training.compile:
+        learner.compile_repeated_blocks()
     return learner
 
 
@@ -201,7 +188,7 @@ def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, Studen
     checkpoint = find_best(run) if best else newest_checkpoint(run / "checkpoints")
     step = verify_checkpoint(checkpoint)
     teacher = load_teacher(job.teacher)
-    learner = make_learner(teacher.denoiser, job.freeze_embeddings, adapter_rank=job.adapter_rank)
+    learner: Any = make_learner(teacher.denoiser, job.freeze_embeddings, job.adapter_rank)
     restore(trained_parameters(learner), load_file(checkpoint / AVERAGED))
     student = merged(learner).requires_grad_(False)
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")

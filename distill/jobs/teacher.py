@@ -12,21 +12,20 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from distill.config import section, setting, to_yaml
-from distill.loop.accelerator import make_accelerator
+from distill.config import choice, section, setting
+from distill.jobs.run import open_run
 from distill.loop.batches import ShuffledRows
-from distill.loop.checkpoint import claim_output
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer
 from teachers.conditions.condition import ClassLabels, Condition, Conditions
 from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
-from teachers.corruption import MASK_SCHEDULES
 from teachers.data import DataConfig, ImageData, load_data
+from teachers.denoiser import Denoiser
 from teachers.networks.amused import AmusedDenoiser
 from teachers.networks.maskgit import MaskGITTransformer
 from teachers.networks.recompute import recompute_activations
-from teachers.objectives.masked import MaskedDiffusionObjective
-from teachers.pipeline import Denoiser, MaskedDiffusionPipeline
+from teachers.objectives import OBJECTIVES
+from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 from teachers.randomness import derive_seed
 from teachers.samplers.maskgit import ORDERS, MaskGITSampler
 from teachers.tokenizers.patch import PatchTokenizer
@@ -43,7 +42,7 @@ class TokenizerConfig:
 
 @dataclass
 class NetworkConfig:
-    """The transformer: MaskGIT's for classes, aMUSEd's for text."""
+    """The transformer: aMUSEd's for text, MaskGIT's for all else."""
 
     hidden_size: int = setting(64, "width")
     num_layers: int = setting(3, "blocks")
@@ -51,22 +50,6 @@ class NetworkConfig:
     num_attention_heads: int = setting(4, "attention heads")
     mlp_size: int = setting(256, "width of the feed-forward layers")
     dropout: float = setting(0.0, "dropout while the teacher is trained")
-
-
-@dataclass
-class ObjectiveConfig:
-    """The masked diffusion objective."""
-
-    mask_schedule: str = setting("arccos", "how the mask ratio is drawn: arccos, cosine, linear, square")
-    label_dropout: float = setting(0.1, "share of samples trained without their label, for guidance")
-    label_smoothing: float = setting(0.0, "of the cross-entropy")
-
-    def __post_init__(self) -> None:
-        if self.mask_schedule not in MASK_SCHEDULES:
-            raise ValueError(f"objective.mask_schedule={self.mask_schedule!r}; choose from {', '.join(MASK_SCHEDULES)}")
-        for name in ("label_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name}={getattr(self, name)} must be in [0, 1]")
 
 
 @dataclass
@@ -90,10 +73,10 @@ class TeacherJob:
     output: str = setting("runs/teacher", "folder of the run; the pipeline is written to OUTPUT/pipeline")
     data: DataConfig = section(DataConfig, "the images")
     tokens: str = setting("", "folder of scripts/cache_tokens.py; empty: a patch tokenizer is fitted to the images")
-    text_encoder: str = setting("", "CLIP (folder or hub id) of a teacher conditioned on captions; empty: on classes")
+    text_encoder: str = setting("", "CLIP (folder or hub id) of a teacher conditioned on captions; empty: on labels")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "how images become tokens")
     network: NetworkConfig = section(NetworkConfig, "the denoiser")
-    objective: ObjectiveConfig = section(ObjectiveConfig, "what it learns")
+    objective: Any = choice(OBJECTIVES, "masked", "what it learns")
     sampler: SamplerConfig = section(SamplerConfig, "how it generates")
     training: TrainingConfig = section(TrainingConfig, "the loop")
     scoring_clip: str = setting("", "CLIP (folder or hub id) that measures samples of captions during training")
@@ -107,22 +90,15 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
 
     False if interrupted.
     """
-    output = Path(job.output)
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
     check_columns(job, data)
-    accelerator = make_accelerator(job.training, output)
+    accelerator, output = open_run(job)
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            claim_output(output, job.training.resume)
-            (output / "config.yaml").write_text(to_yaml(job))
         if isinstance(data, ImageData):
             data = tokenise(job, data, output / "tokenizer")
-        conditions: Conditions
-        to_sample: Conditions
+        conditions: Conditions = ClassLabels(data.labels)
         if job.text_encoder:
-            conditions = to_sample = encode_captions(job, data, output / "prompts")
-        else:
-            conditions, to_sample = ClassLabels(data.labels), ClassLabels(torch.arange(len(data.class_names)))
+            conditions = encode_captions(job, data, output / "prompts")
     tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = make_denoiser(job, data, conditions)
@@ -138,15 +114,13 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
 
     def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
         assert monitor is not None
-        return monitor(pipeline(network), to_sample, step, heartbeat)
+        teacher = pipeline(network)
+        return monitor(teacher, conditions if job.text_encoder else all_classes(teacher), step, heartbeat)
 
     trainer = Trainer(
         job.training,
         accelerator,
-        MaskedDiffusionObjective(denoiser.mask_token_id, **asdict(job.objective)),
-        networks={"denoiser": denoiser.train()},
-        learning_rates={"denoiser": job.training.learning_rate},
-        averaged="denoiser",
+        OBJECTIVES[job.objective.name](job.objective, denoiser.train()),
         draw_batch=TokenBatches(data.tokens, conditions, job.training, accelerator.device),
         output=output,
         evaluate=evaluate if monitor is not None else None,
@@ -164,11 +138,11 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
 
 
 def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
-    """A ValueError where the data lack what the teacher is to be conditioned on."""
-    if not job.text_encoder and not data.class_names:
+    """A ValueError where data and settings do not say alike what the teacher is to be conditioned on."""
+    if not job.text_encoder and not data.class_names and data.texts is not None:
         raise ValueError(
-            "name the column with the labels (data.label_column); or, for a teacher conditioned on captions, their "
-            "column (data.text_column) and a text_encoder"
+            "there are captions and no labels: name a text_encoder for a teacher conditioned on the captions, or leave "
+            "them out (data.text_column=) for an unconditional one"
         )
     if job.text_encoder and data.texts is None:
         raise ValueError("there are no captions for the text_encoder: name their column (data.text_column)")
@@ -199,11 +173,10 @@ def load_text_modules(name: str) -> tuple[CLIPTextModelWithProjection, CLIPToken
 
 
 def make_denoiser(job: TeacherJob, data: TokenCache, conditions: Conditions) -> Denoiser:
-    """An untrained network: MaskGIT's, or aMUSEd's where the conditions are captions."""
+    """An untrained network: MaskGIT's (unconditional where there are no classes), or aMUSEd's for captions."""
     network, tokenizer = job.network, data.tokenizer
     if not isinstance(conditions, PromptCache):
-        settings = asdict(network)
-        del settings["num_res_blocks"]
+        settings = {key: value for key, value in asdict(network).items() if key != "num_res_blocks"}
         return MaskGITTransformer(tokenizer.codebook_size, len(data.class_names), tokenizer.token_grid, **settings)
     states_width, pooled_width = conditions.text_sizes
     return AmusedDenoiser(
@@ -243,6 +216,6 @@ class TokenBatches:
         self.tokens, self.conditions, self.device = tokens, conditions, device
         self.rows = ShuffledRows(len(tokens), config.batch_size, config.seed)
 
-    def __call__(self, step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
+    def __call__(self, step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
         rows = self.rows(step, places)
         return self.tokens[rows].long().to(self.device), self.conditions.condition(rows, self.device)

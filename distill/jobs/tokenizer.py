@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from distill.config import section, setting, to_yaml
-from distill.loop.accelerator import make_accelerator
+from distill.config import section, setting
+from distill.jobs.run import open_run
 from distill.loop.batches import ShuffledRows
-from distill.loop.checkpoint import claim_output
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.data import DataConfig, load_data
-from teachers.objectives.vq import VQObjective
+from teachers.objectives.vq import VQConfig, VQObjective
 from teachers.randomness import derive_seed
 from teachers.tokenizers.vq import VQTokenizer
 
 
 @dataclass
-class VQConfig:
+class VQNetworkConfig:
     """The convolutional network."""
 
     codebook_size: int = setting(256, "number of tokens")
@@ -43,29 +41,13 @@ class VQConfig:
 
 
 @dataclass
-class VQObjectiveConfig:
-    """What it learns."""
-
-    reconstruction_weight: float = setting(10.0, "of the mean squared error, against the codebook's")
-    commitment_weight: float = setting(0.25, "how much latents are drawn to their entries")
-    revival_rate: float = setting(0.02, "probability that an entry without use in a batch is moved to where there is")
-    revival_share: float = setting(0.7, "share of the training in which entries are moved")
-    lowest_perplexity: float = setting(0.1, "share of the codebook size below which training stops half-way")
-
-    def __post_init__(self) -> None:
-        for name in ("revival_rate", "revival_share", "lowest_perplexity"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name}={getattr(self, name)} must be in [0, 1]")
-
-
-@dataclass
 class TokenizerJob:
     """Train a VQ tokenizer."""
 
     output: str = setting("runs/tokenizer", "folder of the run; the tokenizer is written to OUTPUT/tokenizer")
     data: DataConfig = section(DataConfig, "the images")
-    network: VQConfig = section(VQConfig, "the network")
-    objective: VQObjectiveConfig = section(VQObjectiveConfig, "what it learns")
+    network: VQNetworkConfig = section(VQNetworkConfig, "the network")
+    objective: VQConfig = section(VQConfig, "what it learns")
     training: TrainingConfig = section(TrainingConfig, "the loop")
 
 
@@ -77,19 +59,14 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
 
     It must return the codebook's `perplexity`, and training ends with a ValueError if that is hopeless half-way.
     """
-    output = Path(job.output)
     data = load_data(job.data)
-    accelerator = make_accelerator(job.training, output)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            claim_output(output, job.training.resume)
-            (output / "config.yaml").write_text(to_yaml(job))
+    accelerator, output = open_run(job)
     torch.manual_seed(derive_seed(job.training.seed, "tokenizer"))
     image, _ = data[0]
     tokenizer = make_tokenizer(job.network, image.shape).train()
     rows = ShuffledRows(len(data), job.training.batch_size, job.training.seed)
 
-    def draw_batch(step: int, places: range, generator: list[torch.Generator]) -> tuple[torch.Tensor, int]:
+    def draw_batch(step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, int]:
         images = torch.stack([image for image, _ in data.__getitems__(rows(step, places).tolist())])
         return images.to(accelerator.device), step
 
@@ -102,18 +79,7 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     trainer = Trainer(
         job.training,
         accelerator,
-        VQObjective(
-            tokenizer,
-            job.objective.reconstruction_weight,
-            job.objective.commitment_weight,
-            job.objective.revival_rate,
-            num_revival_steps=int(job.objective.revival_share * job.training.num_steps),
-            seed=job.training.seed,
-            gather=accelerator.gather,
-        ),
-        networks={"tokenizer": tokenizer},
-        learning_rates={"tokenizer": job.training.learning_rate},
-        averaged="tokenizer",
+        VQObjective(job.objective, tokenizer, job.training.num_steps, job.training.seed, accelerator.gather),
         draw_batch=draw_batch,
         output=output,
         evaluate=on_main_process(evaluate),
@@ -126,7 +92,7 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     return finished
 
 
-def make_tokenizer(config: VQConfig, image_shape: torch.Size) -> VQTokenizer:
+def make_tokenizer(config: VQNetworkConfig, image_shape: torch.Size) -> VQTokenizer:
     """An untrained tokenizer for images (C, H, W)."""
     num_channels, height, width = image_shape
     levels = len(config.widths)

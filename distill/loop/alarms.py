@@ -1,25 +1,17 @@
-"""Alarms of a distillation that is going wrong: losses do not tell, these do."""
+"""Alarms of a training that is going wrong: losses do not tell, some metrics do; which ones, its method says."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distill.config import setting
 
-MEANINGS = {
-    "token_entropy": "next to nothing: the student has collapsed",
-    "unique_tokens": "next to nothing: the student's images are all alike",
-    "auxiliary_cross_entropy": "more than that of guessing: the auxiliary is lost, and the student with it",
-}
-
 
 @dataclass
 class AlarmConfig:
-    """When a distillation is taken to have gone wrong; also where the auxiliary's loss is above that of guessing."""
+    """When a training is taken to have gone wrong, and what then."""
 
-    lowest_token_entropy: float = setting(0.01, "nats per token of the student; below, each start has one outcome")
-    lowest_unique_tokens: float = setting(0.01, "share of the codebook in a batch; below, all images are one")
     patience: int = setting(3, "lines of metrics in a row that have to show it")
     stop: bool = setting(False, "end the run, with a checkpoint; otherwise it is a warning")
 
@@ -29,23 +21,20 @@ class AlarmConfig:
 
 
 class Alarms:
-    """Called with the metrics of each line; returns what to say of those alarms that sound with this one."""
+    """Called with the metrics of each line; returns what to say of those alarms that sound with this one.
 
-    def __init__(self, config: AlarmConfig, codebook_size: int):
-        self.config, self.loss_of_guessing = config, math.log(codebook_size)
+    `limits` are of each metric what it must not fall below, what it must not rise above, and what it means if it does.
+    """
+
+    def __init__(self, config: AlarmConfig, limits: Iterable[tuple[str, float, float, str]]):
+        self.config, self.limits = config, list(limits)
         self._in_a_row: dict[str, int] = {}
 
     def __call__(self, metrics: dict[str, float]) -> list[str]:
-        config, messages = self.config, []
-        wrong = {
-            "token_entropy": metrics["token_entropy"] < config.lowest_token_entropy,
-            "unique_tokens": metrics["unique_tokens"] < config.lowest_unique_tokens,
-            "auxiliary_cross_entropy": metrics["auxiliary_cross_entropy"] > self.loss_of_guessing,
-        }
-        for name, is_wrong in wrong.items():
+        patience, messages = self.config.patience, []
+        for name, lowest, highest, meaning in self.limits:
+            is_wrong = metrics[name] < lowest or metrics[name] > highest
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if is_wrong else 0
-            if self._in_a_row[name] == config.patience:
-                messages.append(
-                    f"{name} has been {MEANINGS[name]} for {config.patience} lines of metrics ({metrics[name]:.3g})"
-                )
+            if self._in_a_row[name] == patience:
+                messages.append(f"{name} has been {meaning} for {patience} lines of metrics ({metrics[name]:.3g})")
         return messages

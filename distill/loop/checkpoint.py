@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from teachers.folder import new_file, sync
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -89,10 +91,8 @@ def verify_checkpoint(checkpoint: Path) -> int:
 
 def mark_best(directory: Path, step: int, measure: str, value: float, keep: int) -> None:
     """Note that the checkpoint of this step is the best so far, which stays beside the newest `keep`."""
-    staging = directory / f".{BEST}"
-    staging.write_text(json.dumps({"step": step, "measure": measure, "value": value}))
-    _sync(staging)
-    os.replace(staging, directory / BEST)
+    with new_file(directory / BEST) as staging:
+        staging.write_text(json.dumps({"step": step, "measure": measure, "value": value}))
     _prune(directory, keep)
 
 
@@ -141,17 +141,17 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            _sync(path)
+            sync(path)
             files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = staging / MANIFEST
     manifest.write_text(_manifest(step, files))
     for path in (manifest, *(folder for folder in staging.rglob("*") if folder.is_dir()), staging):
-        _sync(path)
+        sync(path)
     final = _folder(directory, step)
     if final.exists():  # damaged, or the run would have gone on from there
         shutil.rmtree(final)
     os.replace(staging, final)
-    _sync(directory)
+    sync(directory)
 
 
 def _manifest(step: int, files: dict[str, dict[str, int | str]]) -> str:
@@ -161,14 +161,6 @@ def _manifest(step: int, files: dict[str, dict[str, int | str]]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def claim_output(output: Path, resume: bool) -> None:

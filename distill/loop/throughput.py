@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from teachers.cost import matmul_rate, peak_memory, reset_peak_memory
+from teachers.cost import count_operations, matmul_rate, peak_memory, reset_peak_memory
 
 
 class Throughput:
@@ -35,8 +34,7 @@ class Throughput:
         if self.flops:
             yield
         else:
-            # Compiled layers run as they are written while they are counted, for nothing looks into compiled ones.
-            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            with count_operations() as counter:
                 yield
             self.flops = counter.get_total_flops()
         self._steps, self._seconds = self._steps + 1, self._seconds + time.perf_counter() - start

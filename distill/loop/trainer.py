@@ -1,6 +1,6 @@
 """The training loop, for teachers and for distillation.
 
-It knows devices, processes, optimizers, averaged weights, checkpoints and logs; the method that it runs knows none.
+It knows devices, processes, optimizers, averaged weights, checkpoints and logs; the task that it runs knows none.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import contextlib
 import copy
 import json
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -25,11 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from distill.loop.alarms import Alarms
+from distill.loop.alarms import AlarmConfig, Alarms
 from distill.loop.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
 from distill.loop.config import TrainingConfig
 from distill.loop.loss_scale import LossScale
+from distill.loop.signals import Stopped, StopRequest
 from distill.loop.state import adam_state, gather, restore, trained_parameters, trained_state
+from distill.loop.task import Task
 from distill.loop.throughput import Throughput
 from teachers.progress import progress_bar
 from teachers.randomness import derive_seed, sample_generators
@@ -38,35 +39,8 @@ logger = logging.getLogger(__name__)
 
 STATE, AVERAGED = "trainer.json", "averaged.safetensors"
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"  # the first is a function of the seed, the second of the machine
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
 
 Evaluation = Callable[[Any, int, Callable[[], None]], dict[str, float]]
-
-
-class Stopped(Exception):
-    """Raised in an evaluation when the run was asked to stop."""
-
-
-class Method(Protocol):
-    """What is trained: each step is a sequence of updates, an update names the networks that learn in it."""
-
-    @property
-    def updates(self) -> tuple[tuple[str, ...], ...]: ...
-
-    def losses(
-        self,
-        networks: dict[str, nn.Module],
-        update: tuple[str, ...],
-        batch: Any,
-        generator: list[torch.Generator],
-        measured: bool = False,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The loss of each network named in `update`, and metrics if this step is to be measured.
-
-        A metric is a mean, or (2,) the sum and the number of values.
-        """
-        ...
 
 
 def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluation:
@@ -79,16 +53,16 @@ def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluat
 
 
 class Trainer:
-    """Trains networks by a method.
+    """Trains the networks of a task.
+
+    Each has an optimizer of its own. The averaged weights of the one that the task names are evaluated and saved,
+    `averaged.safetensors` in each checkpoint.
 
     Args:
-        networks: the networks that learn, by name; each gets an optimizer of its own.
-        learning_rates: of each network.
-        averaged: the network whose averaged weights are evaluated and saved, `averaged.safetensors` in each checkpoint.
-        draw_batch: (step, places in the global batch, a generator for each place) -> what the method takes as batch.
+        draw_batch: (step, places in the global batch, a generator for each place) -> what the task takes as batch.
         evaluate: (averaged network, step, heartbeat) -> metrics; called on every process. It calls `heartbeat()` now
             and then, on every process alike: that is where an evaluation can be stopped.
-        alarms: what looks at each line of metrics.
+        alarms: what becomes of the task's alarms.
         sequence_length: tokens of a sample, to count their rate; 0 where there are none.
     """
 
@@ -96,39 +70,39 @@ class Trainer:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        method: Method,
-        networks: dict[str, ModelMixin],
-        learning_rates: dict[str, float],
-        averaged: str,
+        task: Task,
         draw_batch: Callable[[int, range, list[torch.Generator]], Any],
         output: Path,
         evaluate: Evaluation | None = None,
-        alarms: Alarms | None = None,
+        alarms: AlarmConfig | None = None,
         sequence_length: int = 0,
         run_settings: dict[str, Any] | None = None,
     ):
-        self.config, self.accelerator, self.method = config, accelerator, method
-        self.draw_batch, self.output, self.evaluate, self.alarms = draw_batch, output, evaluate, alarms
+        self.config, self.accelerator, self.task = config, accelerator, task
+        self.draw_batch, self.output, self.evaluate = draw_batch, output, evaluate
+        self.alarms = Alarms(alarms or AlarmConfig(), task.alarms)
         self.checkpoints = output / "checkpoints"
         self.step = 0
         self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
         self._nonfinite_in_a_row = 0
         self._unread: list[tuple[int, tuple[str, ...], torch.Tensor]] = []  # updates, and 1 where they were left out
-        self._stop_requested = False
+        self._stop = StopRequest(accelerator)
 
-        self._averaged_name = averaged
-        self._averaged_network = copy.deepcopy(networks[averaged]).cpu().eval()
+        self._averaged_network = copy.deepcopy(task.networks[task.averaged]).cpu().eval()
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers = {}
-        for name, network in networks.items():
+        usual: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": (0.9, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }
+        for name, network in task.networks.items():
             optimizer = torch.optim.AdamW(
                 trained_parameters(network).values(),
-                lr=learning_rates[name],
                 fused=True,  # one call; and it can leave a step out without the host's knowing
-                betas=(0.9, config.adam_beta2),
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
+                **usual | task.optimizers.get(name, {}),
             )
             # One network at a time: FSDP2 takes no more. The wrapper of the optimizer is left aside, since it updates
             # the loss scale once for each of several optimizers.
@@ -140,7 +114,7 @@ class Trainer:
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.num_steps,
             )
-        parameters = list(trained_parameters(self._unwrapped(averaged)).values())
+        parameters = list(trained_parameters(self._unwrapped(task.averaged)).values())
         whole = not any(isinstance(parameter, DTensor) for parameter in parameters)  # torch has no foreach for shards
         self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=whole)
         precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
@@ -165,7 +139,7 @@ class Trainer:
             unit="step",
             disable=not self.accelerator.is_main_process,
         )
-        with progress, self._stop_on_signals():
+        with progress, self._stop.on_signals():
             if self.step == 0 and config.evaluate_every:
                 self._evaluate()  # the start to compare with; and what cannot be measured should fail now
             while self.step < config.num_steps:
@@ -180,7 +154,7 @@ class Trainer:
                 saved = (last or self.step % config.checkpoint_every == 0) and self._save()
                 evaluation_due = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
                 best = self._evaluate() if evaluation_due else None
-                stop = not last and (self._stop_is_requested() or 0 < config.max_steps <= self.step)
+                stop = not last and (self._stop.is_made() or 0 < config.max_steps <= self.step)
                 if not saved and (last or stop or best is not None):
                     saved = self._save()
                 if not saved and (last or stop):
@@ -198,11 +172,11 @@ class Trainer:
     def train_step(self, measured: bool) -> dict[str, torch.Tensor]:
         """All updates of one step; metrics, each a sum and a number, if it is to be measured."""
         metrics: dict[str, torch.Tensor] = {}
-        for number, update in enumerate(self.method.updates):
+        for number, update in enumerate(self.task.updates):
             metrics |= self._update(number, update, measured)
         for scheduler in self.schedulers.values():
             scheduler.step()
-        self.ema.step(trained_parameters(self._unwrapped(self._averaged_name)).values())
+        self.ema.step(trained_parameters(self._unwrapped(self.task.averaged)).values())
         self.step += 1
         return metrics
 
@@ -222,14 +196,14 @@ class Trainer:
         for part in range(num_parts):
             first = (part * accelerator.num_processes + accelerator.process_index) * share
             places = range(first, first + share)
-            generator = sample_generators(config.seed, self.step, number, places=places)
-            batch = self.draw_batch(self.step, places, generator)
+            generators = sample_generators(config.seed, self.step, number, places=places)
+            batch = self.draw_batch(self.step, places, generators)
             with contextlib.ExitStack() as stack:
                 if part < num_parts - 1:
                     for name in update:
                         stack.enter_context(accelerator.no_sync(self.networks[name]))
                 with accelerator.autocast():
-                    losses, measures = self.method.losses(self.networks, update, batch, generator, measured)
+                    losses, measures = self.task.losses(self.networks, update, batch, generators, measured)
                 loss = torch.stack(list(losses.values())).sum() / num_parts
                 (loss * self.loss_scale.value).backward()
             finite = finite * loss.detach().isfinite()
@@ -245,7 +219,8 @@ class Trainer:
             self.optimizers[name].found_inf = left_out  # type: ignore[attr-defined]  # where it is 1 nothing changes
             self.optimizers[name].grad_scale = None  # type: ignore[attr-defined]
             self.optimizers[name].step()
-            self.optimizers[name].zero_grad()
+        for optimizer in self.optimizers.values():  # a loss may have flowed through networks that did not learn from it
+            optimizer.zero_grad()
         self._unread.append((self.step, update, left_out))
         if measured or self.loss_scale.enabled:
             self._count_nonfinite()
@@ -285,10 +260,10 @@ class Trainer:
         values = dict(zip(metrics, (sums / numbers).tolist(), strict=True))
         values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
         self._write(values)
-        if self.alarms is not None:
-            for message in self.alarms(values):
-                logger.warning("step %d: %s", self.step, message)
-                self._stop_requested |= self.alarms.config.stop
+        for message in self.alarms(values):
+            logger.warning("step %d: %s", self.step, message)
+            if self.alarms.config.stop:
+                self._stop.make()
         return {
             key: float(f"{value:.3g}") for key, value in values.items() if "_rate" not in key and "_norm" not in key
         }
@@ -310,7 +285,7 @@ class Trainer:
         return value if value is not None and (best is None or value < best[2]) else None
 
     def _heartbeat(self) -> None:
-        if self._stop_is_requested():
+        if self._stop.is_made():
             raise Stopped
 
     def _write(self, values: dict[str, float], name: str = METRICS) -> None:
@@ -373,33 +348,11 @@ class Trainer:
             mark_best(self.checkpoints, self.step, self.config.keep_best, value, self.config.keep_checkpoints)
 
     def _averages(self) -> dict[str, torch.Tensor]:
-        names = trained_parameters(self._unwrapped(self._averaged_name))
+        names = trained_parameters(self._unwrapped(self.task.averaged))
         return dict(zip(names, self.ema.shadow_params, strict=True))
 
     def _unwrapped(self, name: str) -> nn.Module:
         return self.accelerator.unwrap_model(self.networks[name])
-
-    @contextlib.contextmanager
-    def _stop_on_signals(self):
-        """The stop signals ask for a checkpoint at the end of the step; a second SIGINT stops at once."""
-
-        def request(number, frame):
-            self._stop_requested = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _stop_is_requested(self) -> bool:
-        """Whether any process was asked to stop, so that all of them leave together."""
-        if self._stop_requested:
-            self.accelerator.set_trigger()
-        self._stop_requested = self.accelerator.check_trigger()
-        return self._stop_requested
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], name: str, folder: Path) -> None:

@@ -67,21 +67,21 @@ def divergence_gradient(
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, places: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places, gradient)
+    def forward(ctx: Any, logits: torch.Tensor, positions: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(positions, gradient)
         ctx.like = logits.shape, logits.dtype
         return gradient.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        places, gradient = ctx.saved_tensors
+        positions, gradient = ctx.saved_tensors
         shape, dtype = ctx.like
         whole = torch.zeros(shape, dtype=dtype, device=gradient.device)
         gradient.mul_(scale)  # in place, for a graph is gone through once; before float16 makes zeros of what is small
-        whole.flatten(0, 1)[places] = gradient.to(dtype)
+        whole.flatten(0, 1)[positions] = gradient.to(dtype)
         return whole, None, None
 
 
-def with_gradient(logits: torch.Tensor, places: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A scalar, 0, whose gradient with respect to logits (B, L, V) is `gradient` (M, V) at places (M,), b L + l."""
-    return _WithGradient.apply(logits, places, gradient)
+def with_gradient(logits: torch.Tensor, positions: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A scalar, 0, whose gradient with respect to logits (B, L, V) is `gradient` (M, V) at positions (M,), b L + l."""
+    return _WithGradient.apply(logits, positions, gradient)

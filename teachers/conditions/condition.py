@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 import torch
 
-NO_CLASS = -1
+from teachers.data import NO_CLASS
 
 
 class Condition:
@@ -51,6 +51,11 @@ class ClassCondition(Condition):
 
     class_labels: torch.Tensor
 
+    @classmethod
+    def none(cls, batch_size: int, device: torch.device | str = "cpu") -> Self:
+        """No condition at all: what unconditional models take."""
+        return cls(torch.full((batch_size,), NO_CLASS, device=device))
+
     def null(self, where: torch.Tensor | None = None) -> Self:
         if where is None:
             where = torch.ones(len(self), dtype=torch.bool, device=self.device)
@@ -83,21 +88,21 @@ class TextCondition(Condition):
 
 
 class Conditions(Protocol):
-    """Conditions to draw from, by their places (B,): class labels, or a cache of encoded prompts."""
+    """Conditions to draw from, by their rows (B,): class labels, or encoded prompts."""
 
     def __len__(self) -> int: ...
 
-    def condition(self, places: torch.Tensor, device: torch.device | str) -> Condition: ...
+    def condition(self, rows: torch.Tensor, device: torch.device | str) -> Condition: ...
 
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class labels (N,) as conditions to draw from."""
+    """Class labels (N,), or `NO_CLASS`, as conditions to draw from."""
 
     labels: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def condition(self, places: torch.Tensor, device: torch.device | str) -> ClassCondition:
-        return ClassCondition(self.labels[places.cpu()].to(device))
+    def condition(self, rows: torch.Tensor, device: torch.device | str) -> ClassCondition:
+        return ClassCondition(self.labels[rows.cpu()].to(device))

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from teachers.component import weights_digest
 from teachers.conditions.condition import TextCondition
 from teachers.conditions.prompts import encode_prompts, micro_conditions
+from teachers.folder import new_file
 from teachers.progress import progress_bar
 
 SOURCE = "source.json"
@@ -42,18 +44,18 @@ class PromptCache:
         """Widths of the text encoder's states and of its pooled embedding."""
         return self._states.shape[-1], self._pooled.shape[-1]
 
-    def condition(self, places: torch.Tensor, device: torch.device | str) -> TextCondition:
-        """Of the prompts at these places (B,)."""
-        rows = self._rows[places.cpu().numpy()]
-        null = np.zeros_like(rows)  # the negative prompt comes first
+    def condition(self, rows: torch.Tensor, device: torch.device | str) -> TextCondition:
+        """Of these prompts (B,)."""
+        encoded = self._rows[rows.cpu().numpy()]
+        null = np.zeros_like(encoded)  # the negative prompt comes first
 
         def read(array: np.ndarray, rows: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array[rows]).to(device).float()
 
         return TextCondition(
-            states=read(self._states, rows),
-            pooled=read(self._pooled, rows),
-            micro_conditions=micro_conditions(self.image_size, len(rows), device),
+            states=read(self._states, encoded),
+            pooled=read(self._pooled, encoded),
+            micro_conditions=micro_conditions(self.image_size, len(encoded), device),
             null_states=read(self._states, null),
             null_pooled=read(self._pooled, null),
         )
@@ -71,8 +73,7 @@ def write_prompt_cache(
 
     What is there already stays; a folder with other prompts, or of another encoder, is a ValueError.
     """
-    weights = sum(parameter.double().square().sum().item() for parameter in text_encoder.parameters())
-    source = {"weights": weights, "negative_prompt": negative_prompt, "prompts": prompts}
+    source = {"weights": weights_digest(text_encoder), "negative_prompt": negative_prompt, "prompts": prompts}
     if (folder / SOURCE).is_file():
         if json.loads((folder / SOURCE).read_text(encoding="utf-8")) != source:
             raise ValueError(f"{folder} holds other prompts, or those of another encoder; name another folder")
@@ -90,4 +91,5 @@ def write_prompt_cache(
             array.flush()
     row = {prompt: row for row, prompt in enumerate(distinct)}
     np.save(folder / "rows.npy", np.array([row[prompt] for prompt in prompts]))
-    (folder / SOURCE).write_text(json.dumps(source, ensure_ascii=False), encoding="utf-8")
+    with new_file(folder / SOURCE) as staging:
+        staging.write_text(json.dumps(source, ensure_ascii=False), encoding="utf-8")

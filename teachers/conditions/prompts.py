@@ -56,9 +56,9 @@ def clean_prompts(prompts: list[str]) -> list[str]:
 
     Control characters would be printed and written into model cards, and half of a surrogate pair cannot be encoded.
     """
-    for place, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt {place} is {prompt!r}, a {type(prompt).__name__}; prompts are text")
+            raise ValueError(f"prompt {row} is {prompt!r}, a {type(prompt).__name__}; prompts are text")
     return [NOT_TEXT.sub(" ", prompt) for prompt in prompts]
 
 
@@ -101,5 +101,5 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def condition(self, places: torch.Tensor, device: torch.device | str) -> Condition:
-        return self.pipeline.encode_condition([self.prompts[place] for place in places.tolist()]).to(device)
+    def condition(self, rows: torch.Tensor, device: torch.device | str) -> Condition:
+        return self.pipeline.encode_condition([self.prompts[row] for row in rows.tolist()]).to(device)

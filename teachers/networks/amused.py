@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, ModelMixin, UVit2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from teachers.component import settings_of
 from teachers.conditions.condition import TextCondition
 from teachers.networks.meissonic import as_grid, as_sequence
 
@@ -20,6 +21,9 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
 
     `settings` are those of the `UVit2DModel`; of its `vocab_size` tokens the last one is the mask.
     """
+
+    condition_kind: ClassVar = "text"
+    token_kind: ClassVar = "categorical"
 
     _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
     _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
@@ -33,8 +37,7 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
     @classmethod
     def wrap(cls, transformer: UVit2DModel, token_grid: tuple[int, int]) -> AmusedDenoiser:
         """The denoiser that a published transformer is."""
-        settings = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        denoiser = cls(token_grid, settings)
+        denoiser = cls(token_grid, settings_of(transformer))
         denoiser.transformer = transformer
         return denoiser
 
@@ -43,29 +46,36 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: TextCondition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        where: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens.
-
-        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
-        """
+        """Logits (B, L, V), or (M, V) of `positions`, for tokens (B, L) or embeddings (B, L, D); see `Denoiser`."""
         height, width = self.config.token_grid
         embed, head = self.transformer.embed, self.transformer.mlm_layer
+        embeddings = None
+        if tokens.is_floating_point():
+            embeddings, tokens = tokens, torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+
+        def enter(module: nn.Module, inputs: Any, grid: torch.Tensor) -> torch.Tensor:
+            sequence = as_sequence(grid) if embeddings is None else embeddings
+            return as_grid(sequence if perturb is None else perturb(sequence), height)
+
         with contextlib.ExitStack() as hooks:  # diffusers' forward has no other way in
-            if perturb is not None:
-                hooks.enter_context(
-                    embed.register_forward_hook(lambda *call: as_grid(perturb(as_sequence(call[-1])), height))
-                )
-            if where is not None:
+            if embeddings is not None or perturb is not None:
+                hooks.enter_context(embed.register_forward_hook(enter))
+            if positions is not None:
                 hooks.enter_context(
                     head.register_forward_pre_hook(
-                        lambda module, inputs: (as_sequence(inputs[0]).flatten(0, 1)[where][:, :, None, None],)
+                        lambda module, inputs: (as_sequence(inputs[0]).flatten(0, 1)[positions][:, :, None, None],)
                     )
                 )
             logits = self.transformer(
                 tokens.unflatten(1, (height, width)), condition.states, condition.pooled, condition.micro_conditions
             )
-        return as_sequence(logits) if where is None else logits[:, :, 0, 0]
+        return as_sequence(logits) if positions is None else logits[:, :, 0, 0]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) -> their embeddings (B, L, D), which `forward` takes in place of tokens."""
+        return as_sequence(self.transformer.embed(tokens.unflatten(1, self.config.token_grid)))
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """What Di[M]O keeps fixed: the token embeddings and the output layer."""

@@ -18,10 +18,16 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from teachers.conditions.condition import Condition
+from teachers.denoiser import ConditionKind
 
 
 class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
-    """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
+    """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens.
+
+    With `num_classes=0` it is unconditional.
+    """
+
+    token_kind: ClassVar = "categorical"
 
     _no_split_modules: ClassVar = ["AdaptiveBlock"]  # what FSDP2 shards by itself
     _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
@@ -70,16 +76,13 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: Condition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        where: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens before positions are added.
-
-        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
-        """
+        """Logits (B, L, V), or (M, V) of `positions`, for tokens (B, L) or embeddings (B, L, D); see `Denoiser`."""
         labels = condition.class_labels
         classes = self.class_embedding(torch.where(labels < 0, self.config.num_classes, labels))
 
-        embeddings = self.token_embedding(tokens)
+        embeddings = tokens if tokens.is_floating_point() else self.embed(tokens)
         if perturb is not None:
             embeddings = perturb(embeddings)
         registers = self.registers.expand(len(tokens), -1, -1)
@@ -89,10 +92,18 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = self.output_modulation(classes)
         hidden = self.output_norm(hidden[:, : tokens.shape[1]]) * (1 + scale) + shift
-        if where is not None:
-            hidden = hidden.flatten(0, 1)[where]
+        if positions is not None:
+            hidden = hidden.flatten(0, 1)[positions]
         codebook = self.token_embedding.weight[:-1]
         return hidden @ codebook.T + self.output_bias
+
+    @property
+    def condition_kind(self) -> ConditionKind:
+        return "classes" if self.config.num_classes else "none"
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) -> their embeddings (B, L, D), which `forward` takes in place of tokens."""
+        return self.token_embedding(tokens)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -16,10 +16,16 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from teachers.conditions.condition import Condition
+from teachers.denoiser import ConditionKind
 
 
 class MaskGITTransformer(ModelMixin, ConfigMixin):
-    """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens."""
+    """Tokens (B, L), `mask_token_id` where masked, and class labels -> logits (B, L, V) for the clean tokens.
+
+    With `num_classes=0` it is unconditional.
+    """
+
+    token_kind: ClassVar = "categorical"
 
     _no_split_modules: ClassVar = ["BasicTransformerBlock"]  # what FSDP2 shards by itself
     _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
@@ -88,16 +94,13 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: Condition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        where: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the visual tokens before positions are added.
-
-        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
-        """
+        """Logits (B, L, V), or (M, V) of `positions`, for tokens (B, L) or embeddings (B, L, D); see `Denoiser`."""
         labels = condition.class_labels
         labels = torch.where(labels < 0, self.config.num_classes, labels)
 
-        embeddings = self.token_embedding(tokens)
+        embeddings = tokens if tokens.is_floating_point() else self.embed(tokens)
         if perturb is not None:
             embeddings = perturb(embeddings)
         hidden = torch.cat([embeddings, self.class_embedding(labels)[:, None]], dim=1) + self.position_embedding
@@ -106,11 +109,19 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         for block in self.blocks:
             hidden = block(hidden)
         hidden, bias = hidden[:, :-1], self.output_bias
-        if where is not None:
-            hidden, bias = hidden.flatten(0, 1)[where], bias[where % tokens.shape[1]]
+        if positions is not None:
+            hidden, bias = hidden.flatten(0, 1)[positions], bias[positions % tokens.shape[1]]
 
         codebook = self.token_embedding.weight[:-1]
         return self.output_layer(hidden) @ codebook.T + bias
+
+    @property
+    def condition_kind(self) -> ConditionKind:
+        return "classes" if self.config.num_classes else "none"
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) -> their embeddings (B, L, D), which `forward` takes in place of tokens."""
+        return self.token_embedding(tokens)
 
     @property
     def layers(self) -> nn.ModuleList:

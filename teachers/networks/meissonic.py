@@ -40,6 +40,9 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
     it hardly listens, and 0 is what is kept here.
     """
 
+    condition_kind: ClassVar = "text"
+    token_kind: ClassVar = "categorical"
+
     _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]  # what FSDP2 shards by itself
     _repeated_blocks: ClassVar = _no_split_modules  # what `compile_repeated_blocks` compiles
 
@@ -64,7 +67,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         self.mask_token_id = vocab_size - 1
         size = attention_head_dim * num_attention_heads
 
-        self.embed = UVit2DConvEmbed(size, size, vocab_size, elementwise_affine=True, eps=EPS, bias=False)
+        self.embed = TokenEmbedding(size, size, vocab_size, elementwise_affine=True, eps=EPS, bias=False)
         self.down_block = nn.ModuleDict(
             {
                 "downsample": Downsample2D(
@@ -111,16 +114,14 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         tokens: torch.Tensor,
         condition: TextCondition,
         perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        where: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V); `perturb` maps the embeddings (B, L, D) of the tokens.
-
-        With places `where` (M,), counted through the batch as b L + l, only their logits (M, V) are computed.
-        """
-        height, width = self.config.token_grid
-        hidden = self.embed(tokens.unflatten(1, (height, width)))
+        """Logits (B, L, V), or (M, V) of `positions`, for tokens (B, L) or embeddings (B, L, D); see `Denoiser`."""
+        height, _ = self.config.token_grid
+        embeddings = tokens if tokens.is_floating_point() else self.embed(tokens)
         if perturb is not None:
-            hidden = as_grid(perturb(as_sequence(hidden)), height)
+            embeddings = perturb(embeddings)
+        hidden = as_grid(embeddings, height)
         for block in self.down_block.values():
             hidden = block(hidden)
         inner_height = hidden.shape[2]
@@ -138,8 +139,8 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         hidden = as_grid(hidden, inner_height)
         for block in self.up_block.values():
             hidden = block(hidden)
-        if where is not None:
-            return self.mlm_layer(as_sequence(hidden).flatten(0, 1)[where][:, :, None, None])[:, :, 0, 0]
+        if positions is not None:
+            return self.mlm_layer(as_sequence(hidden).flatten(0, 1)[positions][:, :, None, None])[:, :, 0, 0]
         return as_sequence(self.mlm_layer(hidden))
 
     def _condition_embedding(self, condition: TextCondition) -> torch.Tensor:
@@ -171,6 +172,13 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
     def text_sizes(self) -> tuple[int, int]:
         """Widths of the text encoder's states and of its pooled embedding."""
         return self.config.joint_attention_dim, self.config.pooled_projection_dim
+
+
+class TokenEmbedding(UVit2DConvEmbed):
+    """Tokens (B, L) -> embeddings (B, L, D); diffusers' own is of grids."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return as_sequence(super().forward(tokens[:, :, None]))  # a convolution of single places, whatever the grid
 
 
 def as_sequence(grid: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,9 @@ Evaluate = Callable[..., Tensor]
 class Sampler(SchedulerMixin, ConfigMixin):
     """How masks become tokens: `tokens = sampler(denoise, tokens, generator=generator)`.
 
-    Its settings are a diffusers config, saved with the pipeline. Guidance, temperature, top-k and top-p are the
-    denoiser's affair: its logits are those of the distribution that tokens are drawn from.
+    Its settings are a diffusers config, saved with the pipeline. Guidance, temperature, top-k and top-p are not its
+    business: the logits that it sees are those of the distribution that tokens are drawn from.
     """
-
-    def __init_subclass__(cls) -> None:
-        cls.__module__ = __package__  # by this name it is saved; diffusers looks for SchedulerMixin in the same module
 
     def __call__(
         self,

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from teachers.component import weights_digest
 from teachers.data import DataConfig, ImageData
-from teachers.objectives.vq import codebook_use
+from teachers.folder import new_file
 from teachers.progress import progress_bar
 from teachers.tokenizers.patch import PatchTokenizer
-from teachers.tokenizers.vq import VQTokenizer
+from teachers.tokenizers.vq import VQTokenizer, codebook_use
 
 INDEX = "index.json"
 TOKENIZERS = {"PatchTokenizer": PatchTokenizer, "VQTokenizer": VQTokenizer}
@@ -55,7 +56,12 @@ def write_token_cache(
 
     After an interruption the whole shards are kept and the rest is added; a folder for other images is a ValueError.
     """
-    source = {"data": asdict(config), "num_images": len(data), "shard_size": shard_size, "weights": _digest(tokenizer)}
+    source = {
+        "data": asdict(config),
+        "num_images": len(data),
+        "shard_size": shard_size,
+        "weights": weights_digest(tokenizer),
+    }
     origin = folder / "source.json"
     if origin.is_file() and json.loads(origin.read_text()) != source:
         raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
@@ -77,9 +83,8 @@ def write_token_cache(
                 for images in part.batches(batch_size):
                     tokens.append(tokenizer.encode(images.to(tokenizer.device)).int().cpu())
                     progress.update(len(images))
-                staging = path.with_suffix(".staging")
-                save_file({"tokens": torch.cat(tokens), "labels": part.labels}, staging)
-                staging.rename(path)
+                with new_file(path) as staging:
+                    save_file({"tokens": torch.cat(tokens), "labels": part.labels}, staging)
             else:
                 progress.update(len(rows))
             shards.append(path.name)
@@ -104,8 +109,3 @@ def load_token_cache(folder: Path) -> TokenCache:
         texts=index.get("texts"),
         tokenizer=load_tokenizer(folder / "tokenizer"),
     )
-
-
-def _digest(tokenizer: PatchTokenizer | VQTokenizer) -> float:
-    """A number that changes with any of the tokenizer's weights."""
-    return sum(tensor.double().square().sum().item() for tensor in tokenizer.state_dict().values())

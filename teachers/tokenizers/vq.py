@@ -8,6 +8,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 
+from teachers.component import settings_of
+
 
 class VQTokenizer(ModelMixin, ConfigMixin):
     """Images in [0, 1] <-> tokens through a `VQModel` that sees them in [-1, 1], or as they are if `unit_range`.
@@ -36,8 +38,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def wrap(cls, vq: VQModel, token_grid: tuple[int, int]) -> VQTokenizer:
         """The tokenizer that the `VQModel` of aMUSEd, Meissonic or Monetico is."""
         factor = 2 ** (len(vq.config.block_out_channels) - 1)
-        settings = {key: value for key, value in vq.config.items() if not key.startswith("_")}
-        settings["lookup_from_codebook"] = False  # entries are looked up here
+        settings = settings_of(vq) | {"lookup_from_codebook": False}  # entries are looked up here
         tokenizer = cls((factor * token_grid[0], factor * token_grid[1]), settings, unit_range=True)
         tokenizer.vq.load_state_dict(vq.state_dict())
         return tokenizer
@@ -91,3 +92,11 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         tokens = self.nearest(latents)
         entries = self.codebook[tokens]
         return self.render(latents + (entries - latents).detach()), latents, entries, tokens
+
+
+@torch.no_grad()
+def codebook_use(tokens: torch.Tensor, codebook_size: int) -> tuple[float, float]:
+    """The share of the codebook that occurs among the tokens, and the perplexity exp(entropy) of their distribution."""
+    probability = tokens.flatten().bincount(minlength=codebook_size).double() / tokens.numel()
+    perplexity = torch.special.entr(probability).sum().exp()
+    return (probability > 0).double().mean().item(), perplexity.item()

@@ -88,7 +88,7 @@ def test_random_tokens_of_prompts_are_of_their_mean_marginal(tmp_path):
     for parameter in teacher.denoiser.parameters():
         parameter.data.mul_(2)  # else all tokens are much alike
     prompts = Prompts(teacher, ["a red apple", "house", "a green car"])
-    initialiser = TokenInitialiser.for_teacher(teacher, "marginal", prompts=prompts)
+    initialiser = TokenInitialiser.for_teacher(teacher, "marginal", conditions=prompts)
     with torch.no_grad():
         masks = torch.full((3, 16), teacher.mask_token_id)
         expected = teacher.denoiser(masks, teacher.encode_condition(prompts.prompts)).softmax(-1).mean(0)

@@ -1,11 +1,12 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from distill.jobs.student import make_learner
 from distill.methods.dimo import DiMO, DiMOConfig, sample_weights
 from distill.methods.divergence import divergence_gradient
+from students.adapters import make_learner
 from students.initialisation import TokenInitialiser
 from teachers.randomness import sample_generators
 
@@ -17,15 +18,16 @@ class Setting:
 
     def __init__(self, teacher, **settings):
         self.teacher = teacher
-        self.networks = {name: make_learner(teacher.denoiser, True) for name in ("student", "auxiliary")}
+        frozen = copy.deepcopy(teacher.denoiser).requires_grad_(False)
+        initialiser = TokenInitialiser.for_teacher(teacher, embedding_noise=0.1)
+        learner = partial(make_learner, teacher.denoiser, True)
+        self.method = DiMO(DiMOConfig(**settings), frozen, initialiser, learner)
+        self.networks = self.method.networks
         with torch.no_grad():  # start apart, so that there is something to learn
             for number, network in enumerate(self.networks.values()):
                 torch.manual_seed(number)
                 for block in network.blocks.parameters():
                     block.add_(0.1 * torch.randn_like(block))
-        frozen = copy.deepcopy(teacher.denoiser).requires_grad_(False)
-        initialiser = TokenInitialiser.for_teacher(teacher, embedding_noise=0.1)
-        self.method = DiMO(DiMOConfig(**settings), frozen, initialiser)
         self.rows = dict.fromkeys(["student", "auxiliary", "teacher"], 0)
         self.outputs = {}
         for name, network in [*self.networks.items(), ("teacher", frozen)]:
@@ -105,9 +107,9 @@ def test_weightings():
     student, teacher = torch.randn(2, 3, 8, 5)
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[0, :2] = mask[1, :4] = mask[2, :] = True
-    places = mask.flatten().nonzero()[:, 0]
-    torch.testing.assert_close(sample_weights("sum", student, teacher[mask], places), torch.full((14,), 1 / 3))
-    paper = sample_weights("paper", student, teacher[mask], places).split([2, 4, 8])
+    positions = mask.flatten().nonzero()[:, 0]
+    torch.testing.assert_close(sample_weights("sum", student, teacher[mask], positions), torch.full((14,), 1 / 3))
+    paper = sample_weights("paper", student, teacher[mask], positions).split([2, 4, 8])
     for row, weights in enumerate(paper):
         count = len(weights)
         difference = (student[row, :count].softmax(-1) - teacher[row, :count].softmax(-1)).abs().mean()
@@ -132,6 +134,7 @@ def test_learners_have_no_dropout_and_keep_the_embeddings(teacher):
         ("top_p", 0.0),
         ("auxiliary_label_smoothing", 2.0),
         ("auxiliary_updates", 0),
+        ("auxiliary_learning_rate", 0),
     ],
 )
 def test_settings_out_of_range_are_named(setting, value):

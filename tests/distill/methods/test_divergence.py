@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from distill import divergence
+from distill.methods import divergence
 from distill.methods.divergence import divergence_gradient, jeffreys_divergence, with_gradient
 
-GOLDEN = load_file(Path(__file__).parents[1] / "data" / "divergence.safetensors")
+GOLDEN = load_file(Path(__file__).parents[2] / "data" / "divergence.safetensors")
 BETAS = ["-0.2", "0.0", "0.5", "1.0"]
 
 

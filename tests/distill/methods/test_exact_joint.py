@@ -1,16 +1,18 @@
 """The proof that Di[M]O matches distributions: one step, and the student samples a joint that it knows exactly."""
 
+from functools import partial
+
 import exact
 import torch
 
-from distill.jobs.student import make_learner
 from distill.loop.accelerator import make_accelerator
 from distill.loop.trainer import Trainer, TrainingConfig
 from distill.methods.dimo import DiMO, DiMOConfig
+from students.adapters import make_learner
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import ClassCondition
 from teachers.networks.maskgit import MaskGITTransformer
-from teachers.objectives.masked import MaskedDiffusionObjective
+from teachers.objectives.masked import MaskedConfig, MaskedObjective
 from teachers.randomness import sample_cumulative, sample_tokens
 
 NUM_SAMPLES = 50000
@@ -20,11 +22,11 @@ def no_condition(count):
     return ClassCondition(torch.zeros(count, dtype=torch.long))
 
 
-def train(output, method, networks, learning_rates, averaged, draw_batch, **settings):
+def train(output, task, draw_batch, **settings):
     config = TrainingConfig(batch_size=128, tracker="none", warmup_steps=50, ema_decay=0.99, **settings)
     output.mkdir()
     accelerator = make_accelerator(config, output)
-    trainer = Trainer(config, accelerator, method, networks, learning_rates, averaged, draw_batch, output)
+    trainer = Trainer(config, accelerator, task, draw_batch, output)
     assert trainer.train()
     return trainer.averaged_network()
 
@@ -33,19 +35,18 @@ def test_the_one_step_student_samples_the_joint(tmp_path):
     """Total variation below 0.1 after a minute, where the product of the marginals stays above 0.6."""
     cumulative = exact.joint().cumsum(0)
 
-    def draw_data(step, places, generator):
-        rows = sample_cumulative(cumulative.expand(len(places), 1, -1).contiguous(), generator).squeeze(1)
+    def draw_data(step, places, generators):
+        rows = sample_cumulative(cumulative.expand(len(places), 1, -1).contiguous(), generators).squeeze(1)
         return exact.states()[rows], no_condition(len(places))
 
     torch.manual_seed(0)
+    untrained = MaskGITTransformer(exact.CODEBOOK_SIZE, 1, (1, exact.LENGTH), 48, 2, 4, 192, dropout=0.0)
     start = train(
         tmp_path / "start",
-        MaskedDiffusionObjective(exact.CODEBOOK_SIZE, label_dropout=0.0),
-        {"denoiser": MaskGITTransformer(exact.CODEBOOK_SIZE, 1, (1, exact.LENGTH), 48, 2, 4, 192, dropout=0.0)},
-        {"denoiser": 1e-3},
-        averaged="denoiser",
+        MaskedObjective(MaskedConfig(label_dropout=0.0), untrained),
         draw_batch=draw_data,
         num_steps=300,
+        learning_rate=1e-3,
         learning_rate_schedule="cosine",
     )
 
@@ -53,12 +54,10 @@ def test_the_one_step_student_samples_the_joint(tmp_path):
     initialiser = TokenInitialiser((1, exact.LENGTH), exact.CODEBOOK_SIZE, 1, teacher.mask_token_id)
     student = train(
         tmp_path / "student",
-        DiMO(DiMOConfig(), teacher, initialiser),
-        {"student": make_learner(start, True), "auxiliary": make_learner(start, True)},
-        {"student": 3e-4, "auxiliary": 1e-3},
-        averaged="student",
-        draw_batch=lambda step, places, generator: no_condition(len(places)),
+        DiMO(DiMOConfig(auxiliary_learning_rate=1e-3), teacher, initialiser, partial(make_learner, start, True)),
+        draw_batch=lambda step, places, generators: no_condition(len(places)),
         num_steps=1000,
+        learning_rate=3e-4,
         learning_rate_schedule="linear",
     )
 

@@ -7,14 +7,14 @@ import torch
 from tiny_text import amused_folder
 from torch._dynamo.testing import CompileCounter
 
-from distill.jobs.student import make_learner
 from distill.loop.state import trained_parameters
-from students.adapters import merged
+from students.adapters import make_learner, merged
 from teachers import MaskedDiffusionPipeline, MaskGITTransformer
 from teachers.conditions.condition import ClassCondition, TextCondition
 from teachers.guidance import guide
 from teachers.networks.halton import HaltonMaskGITTransformer
 from teachers.networks.meissonic import MeissonicTransformer
+from teachers.networks.recompute import recompute_activations
 
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "mlp_size": 32}
 MEISSONIC = {
@@ -60,7 +60,9 @@ def test_recomputed_activations_give_the_same_gradients(network):
     teacher, condition, tokens = network
     gradients, calls = [], []
     for gradient_checkpointing in (False, True):
-        learner = make_learner(teacher, False, gradient_checkpointing)
+        learner = make_learner(teacher, False)
+        if gradient_checkpointing:
+            recompute_activations(learner.layers)
         for layer in learner.layers:
             next(layer.children()).register_forward_hook(lambda *call: calls.append(call))
         learner(tokens, condition).square().sum().backward()
@@ -77,14 +79,16 @@ def test_logits_at_some_places_are_those_of_all(network):
     denoiser, condition, tokens = network
     mask = torch.rand(2, 16) < 0.3
     tokens[mask] = denoiser.mask_token_id
-    where = mask.flatten().nonzero()[:, 0]
+    positions = mask.flatten().nonzero()[:, 0]
     whole = denoiser(tokens, condition)
-    torch.testing.assert_close(denoiser(tokens, condition, where=where), whole[mask])
-    assert denoiser(tokens, condition, where=where[:0]).shape == (0, whole.shape[-1])
+    torch.testing.assert_close(denoiser(tokens, condition, positions=positions), whole[mask])
+    assert denoiser(tokens, condition, positions=positions[:0]).shape == (0, whole.shape[-1])
     torch.testing.assert_close(denoiser(tokens, condition), whole)
     for guidance_scale in (1.0, 2.5):
         guided = guide(denoiser, tokens, condition, guidance_scale)
-        torch.testing.assert_close(guide(denoiser, tokens, condition, guidance_scale, where=where), guided[mask])
+        torch.testing.assert_close(
+            guide(denoiser, tokens, condition, guidance_scale, positions=positions), guided[mask]
+        )
 
 
 def test_adapters_start_as_the_network_learn_alone_and_merge(network):
@@ -112,13 +116,13 @@ def test_adapters_start_as_the_network_learn_alone_and_merge(network):
 
 @pytest.mark.parametrize("adapter_rank", [0, 2])
 def test_blocks_are_compiled_whole_and_seldom_again(network, adapter_rank):
+    """How often, the compiler decides; but it is not once for each batch size, and nothing breaks a block."""
     denoiser, condition, tokens = network
     learner = make_learner(denoiser, True, adapter_rank=adapter_rank)
     compiled = copy.deepcopy(learner)
     counter = CompileCounter()
     compiled.compile_repeated_blocks(backend=counter, fullgraph=True)
     assert compiled.state_dict().keys() == learner.state_dict().keys()
-    kinds = len(set(map(type, learner.layers)))
 
     def count(batch_size):
         rows = torch.arange(batch_size) % 2
@@ -127,11 +131,48 @@ def test_blocks_are_compiled_whole_and_seldom_again(network, adapter_rank):
         return counter.frame_count
 
     torch.compiler.reset()
-    with torch.no_grad():  # for one size, for sizes, and for single samples
-        assert count(2) == kinds
-        assert [count(batch_size) for batch_size in (4, 1, 3, 7, 6)][-1] <= 3 * kinds
+    with torch.no_grad():
+        first = [count(batch_size) for batch_size in (2, 4, 1)]  # a size, other sizes, single samples
+        assert first[0] > 0
+        assert [count(batch_size) for batch_size in (3, 7, 6, 2, 1)] == [first[-1]] * 5
     torch.compiler.reset()
-    before = counter.frame_count
-    first = count(2)  # in training the first layer may be given what has no gradient
-    assert first - before <= 2 * kinds
+    first = count(2)  # in training
     assert count(2) == first
+
+
+@pytest.mark.parametrize("make", [MaskGITTransformer, HaltonMaskGITTransformer])
+def test_a_deeper_network_has_no_more_to_compile(make):
+    """But for the first layer, whose input may be of another kind, one compiled block serves all."""
+
+    def count(num_layers):
+        denoiser = make(24, 10, (4, 4), **SIZES | {"num_layers": num_layers}).eval()
+        counter = CompileCounter()
+        denoiser.compile_repeated_blocks(backend=counter, fullgraph=True)
+        torch.compiler.reset()
+        with torch.no_grad():
+            for batch_size in (2, 3, 1):
+                denoiser(torch.zeros(batch_size, 16, dtype=torch.long), ClassCondition.none(batch_size))
+        return counter.frame_count
+
+    assert count(5) == count(2)
+
+
+def test_embeddings_take_the_place_of_tokens_and_pass_gradients_on(network):
+    denoiser, condition, tokens = network
+    tokens[:, ::3] = denoiser.mask_token_id
+    embeddings = denoiser.embed(tokens).detach().requires_grad_()
+    logits = denoiser(embeddings, condition)
+    torch.testing.assert_close(logits, denoiser(tokens, condition))
+    logits.square().sum().backward()
+    assert (embeddings.grad.abs().sum(-1) > 0).all()
+    positions = torch.tensor([3, 20])
+    some = denoiser(embeddings, condition, perturb=lambda given: 2 * given, positions=positions)
+    torch.testing.assert_close(some, denoiser(2 * embeddings, condition).flatten(0, 1)[positions])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_says_what_it_is(name, tmp_path):
+    denoiser, condition = NETWORKS[name](tmp_path)
+    assert denoiser.token_kind == "categorical"
+    assert denoiser.condition_kind == ("text" if isinstance(condition, TextCondition) else "classes")
+    assert torch.compile(denoiser).condition_kind == denoiser.condition_kind

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from teachers.objectives.masked import MaskedDiffusionObjective, masked_cross_entropy
+from teachers.objectives.masked import MaskedConfig, MaskedObjective, masked_cross_entropy
 from teachers.randomness import sample_generators
 
 
@@ -45,7 +45,7 @@ def test_soft_targets_have_the_mixture_as_their_optimum(batch):
 def test_labels_are_dropped_at_their_rate(teacher):
     seen = []
     teacher.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].class_labels))
-    objective = MaskedDiffusionObjective(mask_token_id=16, label_dropout=0.25)
+    objective = MaskedObjective(MaskedConfig(label_dropout=0.25), teacher.denoiser)
     tokens, condition = torch.randint(0, 16, (2000, 16)), teacher.encode_condition([3] * 2000)
     generator = sample_generators(0, places=range(2000))
     losses, metrics = objective.losses(

@@ -1,17 +1,18 @@
 import pytest
 import torch
 
-from distill.jobs.tokenizer import VQConfig, make_tokenizer
+from distill.jobs.tokenizer import VQNetworkConfig, make_tokenizer
 from teachers import VQTokenizer
 from teachers.data import DataConfig, load_data
-from teachers.objectives.vq import VQObjective, codebook_use
+from teachers.objectives.vq import VQConfig, VQObjective
 from teachers.tokenizers.token_cache import load_token_cache, load_tokenizer, write_token_cache
+from teachers.tokenizers.vq import codebook_use
 
 
 @pytest.fixture
 def tokenizer():
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(VQConfig(codebook_size=16, widths=(8, 16), num_groups=4), torch.Size([1, 8, 8]))
+    tokenizer = make_tokenizer(VQNetworkConfig(codebook_size=16, widths=(8, 16), num_groups=4), torch.Size([1, 8, 8]))
     with torch.no_grad():
         tokenizer.codebook.normal_()
     return tokenizer.eval()
@@ -25,7 +26,7 @@ def test_each_latent_gets_its_nearest_entry(tokenizer, digits):
 
 
 def test_a_local_token_is_of_its_patch_alone(digits):
-    config = VQConfig(codebook_size=16, widths=(8, 16), num_groups=4, local=True)
+    config = VQNetworkConfig(codebook_size=16, widths=(8, 16), num_groups=4, local=True)
     local = make_tokenizer(config, torch.Size([1, 8, 8])).eval()
     latents = local.latents(digits[:20])
     assert latents.shape == (20, 16, 8)
@@ -60,7 +61,8 @@ def test_use_and_perplexity():
 
 
 def losses(tokenizer, digits, step, **settings):
-    objective = VQObjective(tokenizer, num_revival_steps=10, **settings)
+    gather = settings.pop("gather", lambda tensor: tensor)
+    objective = VQObjective(VQConfig(revival_share=0.5, **settings), tokenizer, num_steps=20, gather=gather)
     return objective.losses({"tokenizer": tokenizer}, ("tokenizer",), (digits, step), [])
 
 
@@ -70,7 +72,7 @@ def test_dead_entries_are_moved_to_latents_and_no_others(tokenizer, digits):
     dead = tokens.flatten().bincount(minlength=16) == 0
     assert 0 < dead.sum() < 16
     losses(tokenizer, digits, step=10, revival_rate=1.0)
-    assert torch.equal(tokenizer.codebook, before)  # not after num_revival_steps
+    assert torch.equal(tokenizer.codebook, before)  # not after the first half of the steps
     losses(tokenizer, digits, step=9, revival_rate=1.0)
     moved = (tokenizer.codebook != before).any(-1)
     assert torch.equal(moved, dead)
