@@ -16,13 +16,14 @@ from diffusers import DiffusionPipeline
 from distill.jobs.command import run
 from students.initialisation import TokenInitialiser
 from students.pipeline import OneStepPipeline
+from teachers.component import settings_of
 from teachers.cost import cost_summary
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.released.checkpoint import find_file, read_checkpoint
 from teachers.released.convert import convert_halton_maskgit, convert_maskgit
 from teachers.released.convert_vq import convert_llamagen_vq, convert_taming_vq
-from teachers.released.sizes import RELEASED, random_pipeline
+from teachers.released.sizes import RELEASED, random_components
 from teachers.samplers import HaltonSampler, MaskGITSampler
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         add_output(options)
     options = kinds.add_parser("random", help="random weights of a released teacher's sizes, to try speed and memory")
     options.add_argument("name", choices=RELEASED)
-    options.set_defaults(convert=lambda arguments: (random_pipeline(arguments.name), {}))
+    options.set_defaults(convert=random_weights)
     add_output(options)
     arguments = parser.parse_args()
     run(lambda: convert_and_save(arguments))
@@ -49,6 +50,10 @@ def main() -> None:
 def add_output(options: argparse.ArgumentParser) -> None:
     options.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
     options.add_argument("--dry-run", action="store_true", help="print what was recognised; write nothing")
+
+
+def random_weights(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dict[str, str]]:
+    return MaskedDiffusionPipeline(**random_components(arguments.name)), {}
 
 
 def maskgit(arguments: argparse.Namespace) -> tuple[MaskedDiffusionPipeline, dict[str, str]]:
@@ -129,8 +134,7 @@ def describe(pipeline: DiffusionPipeline, sources: dict[str, str]) -> None:
     for name, component in pipeline.components.items():
         if not hasattr(component, "config"):  # a text tokenizer, or none
             continue
-        settings = {key: value for key, value in component.config.items() if not key.startswith("_")}
-        print(f"{name}: {type(component).__name__} {json.dumps(settings, default=str)}")
+        print(f"{name}: {type(component).__name__} {json.dumps(settings_of(component), default=str)}")
         if name in sources:
             print(f"  from a file with SHA-256 {sources[name]}")
     print(cost_summary(pipeline))

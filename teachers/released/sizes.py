@@ -1,12 +1,13 @@
-"""The sizes of released teachers, for pipelines of random weights: to prove shapes, memory and speed without a file."""
+"""The sizes of released teachers, for random weights: to prove shapes, memory and speed without a file."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from teachers.networks.halton import HaltonMaskGITTransformer
 from teachers.networks.maskgit import MaskGITTransformer
-from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.samplers import MaskGITSampler
 from teachers.tokenizers.vq import VQTokenizer
 
@@ -40,8 +41,8 @@ RELEASED = {
 }
 
 
-def random_pipeline(name: str, seed: int = 0) -> MaskedDiffusionPipeline:
-    """A pipeline of a released teacher's sizes with random weights."""
+def random_components(name: str, seed: int = 0) -> dict[str, Any]:
+    """What a `MaskedDiffusionPipeline` of a released teacher's sizes is made of, with random weights."""
     torch.manual_seed(seed)
     denoiser, vq = RELEASED[name]()
     height, width = denoiser.config.token_grid
@@ -55,4 +56,5 @@ def random_pipeline(name: str, seed: int = 0) -> MaskedDiffusionPipeline:
         "vq_embed_dim": vq["entry_size"],
     }
     tokenizer = VQTokenizer((16 * height, 16 * width), settings)
-    return MaskedDiffusionPipeline(denoiser.eval(), tokenizer.eval(), MaskGITSampler(num_inference_steps=8))
+    sampler = MaskGITSampler(num_inference_steps=8)
+    return {"denoiser": denoiser.eval(), "tokenizer": tokenizer.eval(), "sampler": sampler}

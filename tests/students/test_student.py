@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from distill.methods.dimo import DiMO
 from students import OneStepPipeline, TokenInitialiser, export
 from students.loading import load_pipeline
 from teachers import folder
@@ -16,12 +17,12 @@ def student(teacher):
     return OneStepPipeline(teacher.denoiser, teacher.tokenizer, initialiser, temperature=0.8)
 
 
-METADATA = {"method": "Di[M]O", "settings": json.dumps({"beta": 0.0}), "teacher": "here"}
+METADATA = {"settings": json.dumps({"beta": 0.0}), "teacher": "here"}
 
 
 def write(student, output, measurements=()):
     export.export_student(
-        student, output, metadata=METADATA, measurements=list(measurements), protocol="Measured by hand."
+        student, output, method=DiMO, metadata=METADATA, measurements=list(measurements), protocol="Measured by hand."
     )
 
 
@@ -58,6 +59,8 @@ def test_the_export_says_where_it_comes_from(student, tmp_path):
         assert METADATA.items() <= file.metadata().items()
     card = (tmp_path / "one-step" / "README.md").read_text()
     assert "1.235" in card
+    assert DiMO.citation in card
+    assert DiMO.url in card
     assert "Measured by hand." in card
     assert (tmp_path / "one-step" / "samples.png").stat().st_size > 1000
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from students import OneStepPipeline
 from students.initialisation import perturb_embeddings
-from teachers import MaskedDiffusionPipeline, released
+from teachers import MaskedDiffusionPipeline
 from teachers.conditions.condition import ClassCondition
+from teachers.released import checkpoint
 from teachers.released.checkpoint import find_file, read_checkpoint
 from teachers.released.convert import convert_halton_maskgit, convert_maskgit
 from teachers.released.convert_vq import convert_llamagen_vq, convert_taming_vq
@@ -218,6 +219,6 @@ def test_a_hub_file_out_of_reach_is_a_clear_error(monkeypatch):
     def refuse(*arguments):
         raise OSError("offline")
 
-    monkeypatch.setattr(released, "hf_hub_download", refuse)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", refuse)
     with pytest.raises(FileNotFoundError, match=r"weights\.pth could not be had from the hub's owner/model: offline"):
         find_file("owner/model:weights.pth")
