@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from eval.evaluate import Reference
+from eval.report import frontier_plot, write_frontier_page
 from eval.speed import measure_speed, sampler_overhead
 from eval.tuning import Grid, tune_and_measure
+from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
+from teachers import samplers as all_samplers
+from teachers.component import settings_of, weights_digest
 from teachers.conditions.condition import Conditions
-from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.cost import machine
+from teachers.folder import new_file
+from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline
 from teachers.progress import progress_bar
 from teachers.samplers import (
     ConfidenceThresholdSampler,
@@ -57,6 +67,19 @@ def samplers_to_try(token_grid: tuple[int, int]) -> dict[str, list[Sampler]]:
     return {family: chosen for family, chosen in samplers.items() if chosen}
 
 
+def choose_samplers(token_grid: tuple[int, int], names: Sequence[str] | None = None) -> dict[str, list[Sampler]]:
+    """`samplers_to_try`, or those of these names alone; an unknown one is a ValueError."""
+    samplers = samplers_to_try(token_grid)
+    if unknown := set(names or []) - set(samplers):
+        raise ValueError(f"there is no sampler {min(unknown)!r}; choose from {', '.join(samplers)}")
+    return {name: samplers[name] for name in names or samplers}
+
+
+def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+    """What a sampler is made of again: `getattr(samplers, settings.pop("class"))(**settings)`."""
+    return {"class": type(sampler).__name__, **settings_of(sampler)}
+
+
 def describe(sampler: Sampler) -> str:
     """What sets the sampler apart from others of its kind."""
     config = sampler.config
@@ -81,7 +104,7 @@ def measure_frontier(
     reference: Reference,
     grid: Grid,
     cache: Path,
-    identity: dict[str, Any],
+    about: dict[str, Any],
     speed_batch_size: int = 128,
     conditions: Conditions | None = None,
 ) -> list[dict[str, Any]]:
@@ -89,19 +112,19 @@ def measure_frontier(
 
     The teacher's temperature is tuned for each on one draw of images, the row is of another; the student has the
     temperature it was exported with. `grid.num_steps` is not used. Rows are kept in `cache` (a line each) under their
-    settings and the `identity` of what is measured, and not measured twice. `conditions` are what to generate from, by
-    default all classes.
+    settings, the weights of both and what the measurement is `about`, and not measured twice. `conditions` are what to
+    generate from, by default all classes.
     """
     points: list[tuple[str, str, float, dict[str, Any]]] = [(STUDENT, "", 1.0, {})]
     pipelines: list[MaskedDiffusionPipeline | OneStepPipeline] = [student]
     for guidance_scale in grid.guidance_scales:
         for family, chosen in samplers.items():
             for sampler in chosen:
-                settings = {"class": type(sampler).__name__}
-                settings |= {key: value for key, value in sampler.config.items() if not key.startswith("_")}
-                points.append((family, describe(sampler), guidance_scale, settings))
+                points.append((family, describe(sampler), guidance_scale, sampler_settings(sampler)))
                 pipelines.append(MaskedDiffusionPipeline(teacher.denoiser, teacher.tokenizer, sampler))
 
+    identity = about | {"features": reference.features.name}
+    identity |= {"teacher": _weights(teacher), "student": _weights(student)}
     kept = _read_cache(cache)
     rows = []
     bar = progress_bar(zip(points, pipelines, strict=True), total=len(points), desc="frontier", unit="setting")
@@ -138,6 +161,11 @@ def measure_frontier(
     return rows
 
 
+def _weights(pipeline: TokenPipeline) -> dict[str, str]:
+    components = pipeline.components.items()
+    return {name: weights_digest(component) for name, component in components if isinstance(component, nn.Module)}
+
+
 def _call(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("temperature", "guidance_scale") if name in row}
 
@@ -164,6 +192,66 @@ def mark_frontier(rows: list[dict[str, Any]], distance: str) -> None:
             here = (sign * row[cost], row[distance])
             beaten = any(x <= here[0] and y <= here[1] and (x, y) != here for x, y in points)
             row[mark] = row["sampler"] != STUDENT and not beaten
+
+
+def write_frontier(
+    rows: list[dict[str, Any]],
+    folder: Path,
+    reference: Reference,
+    grid: Grid,
+    data: str,
+    speed_batch_size: int,
+    device: Any,
+) -> dict[str, Any]:
+    """Write the rows of `measure_frontier` as frontier.html, .png, .csv and .json; the summary that is in the last."""
+    distance = reference.features.distance_names[0]
+    best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])
+    student = rows[0]
+    protocol = {
+        "Images": f"{grid.num_report_images} for every row, against {len(reference.real_features)} of {data}; "
+        f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
+        "Features": reference.features.name,
+        "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {speed_batch_size}, images decoded; "
+        + ", ".join(f"{key} {value}" for key, value in machine(device).items()),
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "clean-fid")),
+    }
+    plot = frontier_plot(rows, distance, STUDENT)
+    plot.save(folder / "frontier.png")
+    write_frontier_page(folder / "frontier.html", rows, plot, distance, STUDENT, protocol)
+    write_csv(rows, folder / "frontier.csv")
+    summary = {
+        "student": student,
+        "best_teacher": best,
+        "ratio": student[distance] / best[distance],
+        "speedup": student["images_per_second"] / best["images_per_second"],
+        "protocol": protocol,
+    }
+    with new_file(folder / "frontier.json") as staging:
+        staging.write_text(json.dumps({"rows": rows, **summary}, indent=2))
+    return summary
+
+
+def frontier_table(rows: list[dict[str, Any]], distance: str) -> str:
+    """The student and the frontier as text."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["nfe"]):
+        if row["on_frontier"] or row["sampler"] == STUDENT:
+            guidance = f"guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            lines.append(
+                f"{row['sampler']:32}{row['setting']:16}{guidance:14}NFE {row['nfe']:6.1f}  {row[distance]:8.3f}"
+            )
+    return "\n".join(lines)
+
+
+def save_default(folder: Path, row: dict[str, Any]) -> None:
+    """Make a row's sampler, guidance and temperature the defaults of the pipeline in the folder."""
+    teacher = load_pipeline(folder)
+    settings = dict(row["sampler_settings"])
+    sampler = getattr(all_samplers, settings.pop("class"))(**settings)
+    teacher.register_modules(sampler=sampler)
+    teacher.register_to_config(guidance_scale=row["guidance_scale"], temperature=row["temperature"])
+    sampler.save_pretrained(folder / "sampler")
+    teacher.save_config(folder)
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:

@@ -15,6 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from students.export import Credits
+
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
 MARKERS = "os^vDPXph<>d8H"
 FAITHFULNESS = ("class_consistency", "clip_score", "retrieval_accuracy")
@@ -23,18 +25,20 @@ FAITHFULNESS = ("class_consistency", "clip_score", "retrieval_accuracy")
 def write_report(
     path: Path,
     *,
+    method: Credits,
     summary: dict[str, Any],
     speed: list[dict[str, Any]],
     samples: dict[str, PIL.Image.Image],
     settings: dict[str, str],
     protocol: dict[str, Any],
 ) -> None:
-    """Write the page: samples side by side, quality against evaluations, timings, settings, protocol.
+    """Write the page: samples side by side, quality against evaluations, timings, settings, protocol, method.
 
     `summary` is the quickstart's, `speed` the rows of `measure_speed`, `settings` YAML texts by title.
     """
     environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("report.html.jinja").render(
+        method=method,
         faithfulness=[name for name in FAITHFULNESS if name in summary["student"]],
         summary=summary,
         speed=speed,

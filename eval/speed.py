@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
+from students.pipeline import OneStepPipeline
 from teachers.conditions.condition import Conditions
 from teachers.cost import decoder_flops, forward_flops, matmul_rate, peak_memory, reset_peak_memory, synchronize
-from teachers.pipeline import TokenPipeline, all_classes
+from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
+
+STEPS = (1, 2, 4, 8, 16, 32)
 
 
 def measure_speed(
@@ -74,6 +78,50 @@ def measure_speed(
                 }
             )
     return rows
+
+
+def compare_speed(
+    teacher: MaskedDiffusionPipeline,
+    student: OneStepPipeline,
+    *,
+    variants: Sequence[str] = (),
+    steps: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
+    **settings: Any,
+) -> tuple[list[dict[str, Any]], str]:
+    """Student, its `variants` and the teacher at these steps (default: 1 to 32, as its tokens allow), without decoding
+    and with it: the rows of `measure_speed`, which takes the `settings`, and a summary of them."""
+    candidates: dict[str, tuple[TokenPipeline, dict[str, Any]]] = {"student": (student, {})}
+    for name in variants:
+        candidates[f"student, {name}"] = (VARIANTS[name](copy.deepcopy(student)), {})
+    teachers = []
+    for count in steps or [count for count in STEPS if count <= teacher.sequence_length]:
+        teachers.append(f"teacher, {count} steps")
+        candidates[teachers[-1]] = (teacher, {"num_inference_steps": count, "guidance_scale": guidance_scale})
+    rows = []
+    for decode in (False, True):
+        rows += measure_speed(candidates, decode=decode, **settings)
+    return rows, speed_summary(rows, "student", teachers)
+
+
+def _compiled(pipeline: OneStepPipeline) -> OneStepPipeline:
+    """On a GPU as CUDA graphs, which matter for small batches."""
+    mode = "reduce-overhead" if pipeline.device.type == "cuda" else None
+    pipeline.denoiser.compile_repeated_blocks(mode=mode)
+    return pipeline
+
+
+def _channels_last(pipeline: OneStepPipeline) -> OneStepPipeline:
+    """The decoder alone: it is what has convolutions."""
+    pipeline.tokenizer.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+VARIANTS: dict[str, Callable[[OneStepPipeline], OneStepPipeline]] = {
+    "bfloat16": lambda pipeline: pipeline.to(torch.bfloat16),
+    "compiled": _compiled,
+    "channels last": _channels_last,
+}
 
 
 def sampler_overhead(

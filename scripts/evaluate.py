@@ -15,9 +15,9 @@ from distill.config import load_config
 from distill.jobs.command import run
 from eval.evaluate import generate
 from eval.monitor import reference_for
+from eval.sampling import add_sampling_options, sampling_settings
 from students.loading import load_pipeline
 from teachers.data import DataConfig
-from teachers.pipeline import MaskedDiffusionPipeline
 
 
 def main() -> None:
@@ -25,10 +25,7 @@ def main() -> None:
     parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
     parser.add_argument("data", nargs="*", metavar="key=value", help="the real images, e.g. name=folder image_size=32")
     parser.add_argument("--num-images", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, help="default: the pipeline's")
-    parser.add_argument("--num-inference-steps", type=int, help="of a teacher; default: its sampler's")
-    parser.add_argument("--guidance-scale", type=float, help="of a teacher; default: its sampler's")
+    add_sampling_options(parser)
     parser.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
     parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
@@ -38,12 +35,9 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     data = load_config(DataConfig, overrides=arguments.data)
     pipeline = load_pipeline(arguments.pipeline)
-    if pipeline.takes_prompts:
+    if pipeline.condition_kind == "text":
         raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
-    settings = {"temperature": arguments.temperature}
-    if isinstance(pipeline, MaskedDiffusionPipeline):
-        settings["num_inference_steps"] = arguments.num_inference_steps
-        settings["guidance_scale"] = arguments.guidance_scale
+    settings = sampling_settings(pipeline, arguments)
 
     reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
     images, labels, nfe = generate(

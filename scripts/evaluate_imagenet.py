@@ -20,8 +20,9 @@ from distill.loop.launch import run_processes
 from eval.chunks import claim, write_chunks
 from eval.imagenet import measure, read_images, read_statistics
 from eval.inception import InceptionFeatures
+from eval.sampling import add_sampling_options, sampling_settings
 from students.loading import load_pipeline
-from teachers.pipeline import MaskedDiffusionPipeline, all_classes
+from teachers.pipeline import all_classes
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
 PUBLISHED_PROTOCOL = """
@@ -42,10 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder that keeps the features until all are there")
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, help="default: the pipeline's")
-    parser.add_argument("--num-inference-steps", type=int, help="of a teacher; default: its sampler's")
-    parser.add_argument("--guidance-scale", type=float, help="of a teacher; default: its sampler's")
+    add_sampling_options(parser)
     parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
     arguments = parser.parse_args()
     run_processes(lambda: run(lambda: evaluate(arguments)))
@@ -58,10 +56,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with state.main_process_first():
         features = InceptionFeatures(arguments.inception_path, state.device, mode="legacy_tensorflow")
     pipeline = load_pipeline(arguments.pipeline).to(state.device)
-    settings = {"temperature": arguments.temperature}
-    if isinstance(pipeline, MaskedDiffusionPipeline):
-        settings["num_inference_steps"] = arguments.num_inference_steps
-        settings["guidance_scale"] = arguments.guidance_scale
+    settings = sampling_settings(pipeline, arguments)
     protocol = {
         "pipeline": str(arguments.pipeline),
         "num_images": arguments.num_images,

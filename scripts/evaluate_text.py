@@ -22,10 +22,10 @@ from eval.clip_score import ClipFeatures
 from eval.distances import Gaussian, frechet_distance
 from eval.imagenet import read_statistics
 from eval.inception import InceptionFeatures
+from eval.sampling import add_sampling_options, sampling_settings
 from students.loading import load_pipeline
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.data import DataConfig, load_data
-from teachers.pipeline import MaskedDiffusionPipeline
 
 
 def main() -> None:
@@ -41,10 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the features of the images")
     parser.add_argument("--num-images", type=int, default=30_000, help="they go round the captions")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, help="default: the pipeline's")
-    parser.add_argument("--num-inference-steps", type=int, help="of a teacher; default: its sampler's")
-    parser.add_argument("--guidance-scale", type=float, help="of a teacher; default: its own")
+    add_sampling_options(parser)
     parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
     arguments = parser.parse_args()
     run_processes(lambda: run(lambda: evaluate(arguments)))
@@ -60,12 +57,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if statistics is not None or arguments.real_images:
             inception = InceptionFeatures(arguments.inception_path, state.device)
     pipeline = load_pipeline(arguments.pipeline).to(state.device)
-    if not pipeline.takes_prompts:
-        raise ValueError(f"{arguments.pipeline} is conditioned on classes; measure it with scripts/evaluate.py")
-    settings = {"temperature": arguments.temperature}
-    if isinstance(pipeline, MaskedDiffusionPipeline):
-        settings["num_inference_steps"] = arguments.num_inference_steps
-        settings["guidance_scale"] = arguments.guidance_scale
+    if pipeline.condition_kind != "text":
+        raise ValueError(f"{arguments.pipeline} is not conditioned on text; measure it with scripts/evaluate.py")
+    settings = sampling_settings(pipeline, arguments)
     protocol = {
         "pipeline": arguments.pipeline,
         "captions": f"{len(captions)} of {' '.join(arguments.captions)}, {clip.num_cut} of them cut by the CLIP",

@@ -1,4 +1,4 @@
-"""Distil a teacher into a one-step student with Di[M]O.
+"""Distil a teacher into a one-step student.
 
 accelerate launch scripts/train_student.py --config configs/digits/student.yaml [key=value ...]
 """
@@ -13,7 +13,7 @@ from eval.monitor import SampleMonitor
 
 
 def main() -> None:
-    job = parse_arguments(StudentJob, "Distil a teacher into a one-step student with Di[M]O.")
+    job = parse_arguments(StudentJob, "Distil a teacher into a one-step student, by Di[M]O or another method.")
     run_processes(
         lambda: run(lambda: train_student(job, SampleMonitor(Path(job.output), job.monitor, job.scoring_clip)))
     )

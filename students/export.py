@@ -74,7 +74,7 @@ def example_conditions(pipeline: TokenPipeline, prompts: list[str] | None = None
     """Ten conditions to show samples of: the first classes, the first of the prompts, or ten times none."""
     if pipeline.condition_kind == "text":
         if not prompts:
-            raise ValueError("this model is conditioned on text: say what to draw")
+            raise ValueError("this model is conditioned on text: say what to draw (--prompt)")
         return prompts[:10]
     return list(range(min(pipeline.num_classes, 10))) if pipeline.condition_kind == "classes" else [None] * 10
 

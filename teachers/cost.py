@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +107,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What figures of speed are of: the device, threads and cores, torch's version."""
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.processor() or "CPU"
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,20 +1,18 @@
-"""How fast a training step is, what memory it takes, and the same of its loss alone, against the authors' loop.
-
-Shapes: B batch, L tokens, M masked tokens of the batch, D hidden size, V codebook size.
-"""
+"""How fast a training step is, and what memory it takes, against the order of the authors' loop."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.benchmark.baseline import BaselineStep
@@ -25,10 +23,10 @@ from distill.methods.dimo import DiMO, DiMOConfig
 from students.adapters import make_learner
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import ClassCondition
-from teachers.cost import count_operations, matmul_rate, synchronize
+from teachers.cost import count_operations, machine, matmul_rate, num_parameters, synchronize
 from teachers.denoiser import Denoiser
 from teachers.networks.maskgit import MaskGITTransformer
-from teachers.randomness import rand, sample_generators
+from teachers.randomness import rand
 
 NUM_CLASSES = 1000
 
@@ -179,76 +177,32 @@ def interleaved(calls: dict[str, Callable[[], Any]], num_repeats: int, device: t
     return {name: median(values) for name, values in seconds.items()}
 
 
-class _Head(nn.Module):
-    """The output layer of a denoiser, on hidden states that do not depend on its input."""
-
-    def __init__(self, shape: tuple[int, int, int], codebook: torch.Tensor, mask_token_id: int):
-        super().__init__()
-        self.hidden, self.codebook = nn.Parameter(torch.randn(shape)), codebook
-        self.mask_token_id = mask_token_id
-
-    def forward(
-        self, tokens: torch.Tensor, condition: object, perturb: None = None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        hidden = self.hidden.repeat(len(tokens) // len(self.hidden), 1, 1)
-        return (hidden if positions is None else hidden.flatten(0, 1)[positions]) @ self.codebook.T
-
-
-class LossPath:
-    """From the last hidden states of student, teacher, auxiliary to their gradients: in the authors' order, and ours.
-
-    What computes the hidden states is left out, and their gradients go no further.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        token_grid: tuple[int, int],
-        codebook_size: int,
-        hidden_size: int,
-        guidance_scale: float,
-    ):
-        shape = (batch_size, token_grid[0] * token_grid[1], hidden_size)
-        codebook = torch.randn(codebook_size, hidden_size) / hidden_size**0.5
-        self.networks: dict[str, nn.Module] = {
-            name: _Head(shape, codebook, codebook_size) for name in ("student", "auxiliary")
+def measure_step(
+    token_grid: tuple[int, int],
+    codebook_size: int,
+    hidden_size: int,
+    num_layers: int,
+    guidance_scale: float,
+    settings: TrainingConfig,
+    *,
+    adapter_rank: int,
+    baseline: bool,
+    num_repeats: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of the steps with shared samples, fresh ones and adapters, after one in the order of the authors' loop
+    if asked for (`baseline`); and what they are of."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = token_grid, codebook_size, hidden_size, num_layers
+        benchmark = StepBenchmark(*sizes, guidance_scale, replace(settings, tracker="none"), Path(folder))
+        builders: dict[str, Callable[[], Callable[[], None]]] = {
+            "shared samples": benchmark.ours,
+            "fresh samples": partial(benchmark.ours, auxiliary_samples="fresh"),
+            f"adapters of rank {adapter_rank}": partial(benchmark.ours, adapter_rank=adapter_rank),
         }
-        teacher: Any = _Head(shape, codebook, codebook_size).requires_grad_(False)
-        self.condition = ClassCondition(torch.zeros(batch_size, dtype=torch.long))
-        self.initialiser = TokenInitialiser(token_grid, codebook_size, 1, codebook_size)
-        config = DiMOConfig(guidance_scale=guidance_scale)
-        learner: Any = iter([*self.networks.values()] * 2).__next__
-        self.method = DiMO(config, teacher, self.initialiser, learner)
-        self.compiled = DiMO(config, teacher, self.initialiser, learner, compiled=True)
-        self.baseline = BaselineStep(teacher, self.initialiser, guidance_scale, self.networks)
-
-    def plain(self) -> None:
-        self.baseline.student_loss(self.condition)[0].backward()
-        self.baseline.auxiliary_loss(self.condition).backward()
-
-    def ours(self, compiled: bool = False) -> None:
-        method = self.compiled if compiled else self.method
-        generators = sample_generators(0, places=range(len(self.condition)))
-        losses, _ = method.losses(self.networks, method.updates[0], self.condition, generators)
-        torch.stack(list(losses.values())).sum().backward()
-
-    def measure(self, num_repeats: int) -> list[dict[str, Any]]:
-        """A row for each: median seconds over interleaved rounds, and the peak of the memory that its tensors held."""
-        calls: dict[str, Callable[[], None]] = {
-            "plain": self.plain,
-            "ours": self.ours,
-            "compiled": partial(self.ours, compiled=True),
-        }
-        peaks = {}
-        for name, call in calls.items():
-            call()  # for what is compiled
-            with PeakMemory() as memory:
-                call()
-            peaks[name] = memory.peak
-        seconds = interleaved(calls, num_repeats, torch.device("cpu"))
-        return [
-            {"name": name, "seconds_median": seconds[name], "peak_memory_mib": peaks[name] / 2**20} for name in calls
-        ]
+        if baseline:
+            builders = {"the authors' order": benchmark.baseline, **builders}
+        rows = benchmark.measure(builders, num_repeats)
+    return rows, machine(benchmark.device) | {"parameters": num_parameters(benchmark.teacher)}
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:
@@ -265,13 +219,4 @@ def step_table(rows: list[dict[str, Any]]) -> str:
             f"{row['peak_memory_mib'] / first['peak_memory_mib']:6.2f} {row['gflop']:8.1f} "
             f"{row['seconds_at_matmul_rate']:8.3f} {row['utilisation']:9.0%}"
         )
-    return "\n".join(lines)
-
-
-def loss_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
-    lines = [f"{'codebook':>8} {'path':8} {'median ms':>10} {'peak MiB':>9}"]
-    for row in rows:
-        milliseconds = 1e3 * row["seconds_median"]
-        lines.append(f"{row['codebook_size']:8} {row['name']:8} {milliseconds:10.1f} {row['peak_memory_mib']:9.1f}")
     return "\n".join(lines)

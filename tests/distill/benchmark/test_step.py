@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.benchmark.step import LossPath, PeakMemory, StepBenchmark
+from distill.benchmark.loss import LossPath
+from distill.benchmark.step import PeakMemory, StepBenchmark
 from distill.loop.config import TrainingConfig
 from teachers.cost import num_parameters
 

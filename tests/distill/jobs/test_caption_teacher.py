@@ -57,7 +57,7 @@ def test_captions_condition_a_teacher_and_its_student(teacher_job, pictures, cli
 def test_what_is_missing_is_named(teacher_job, clip_folder):
     for override, message in [
         ("data.text_column=", r"captions for the text_encoder.*data\.text_column"),
-        ("text_encoder=", r"data\.label_column.*data\.text_column"),
+        ("text_encoder=", r"name a text_encoder.*unconditional"),
     ]:
         with pytest.raises(ValueError, match=message):
             train_teacher(load_config(TeacherJob, overrides=[*teacher_job, override]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from student_runs import furthest
 
-from distill import trainer as trainer_module
+from distill.loop import trainer as trainer_module
 from distill.methods.dimo import DiMO
 
 

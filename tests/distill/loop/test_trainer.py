@@ -2,7 +2,6 @@
 
 import json
 
-import PIL.Image
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
@@ -195,14 +194,6 @@ def test_a_teacher_job_ends_with_a_pipeline(tmp_path):
     assert torch.equal(used.codebook, kept.codebook)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["cross_entropy"] < lines[0]["cross_entropy"] - 0.1
-
-
-def test_a_teacher_needs_labels(tmp_path):
-    (tmp_path / "images").mkdir()
-    PIL.Image.new("L", (4, 4)).save(tmp_path / "images" / "0.png")
-    overrides = [f"output={tmp_path / 'run'}", f"data.name={tmp_path / 'images'}", "data.label_column=''"]
-    with pytest.raises(ValueError, match="label_column"):
-        train_teacher(load_config(TeacherJob, overrides=overrides))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

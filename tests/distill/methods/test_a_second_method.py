@@ -131,9 +131,6 @@ def test_its_settings_are_its_own(tmp_path, capsys):
         load_config(StudentJob, overrides=["method.name=dmd"])
     (tmp_path / "job.yaml").write_text("method: {name: critic, critic_learning_rate: 0.2}")
     assert load_config(StudentJob, tmp_path / "job.yaml").method.critic_learning_rate == 0.2
-    assert (
-        isinstance(load_config(StudentJob, tmp_path / "job.yaml", ["method={name: dimo}"]).method, DiMOConfig) is False
-    )
     with pytest.raises(SystemExit):
         parse_arguments(StudentJob, "", ["--help"])
     assert "method.critic_learning_rate" in capsys.readouterr().out
