@@ -10,6 +10,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import Condition
+from teachers.denoiser import check_denoiser
 from teachers.pipeline import ImageTokenizer, MaskedDiffusionOutput, TokenPipeline
 from teachers.randomness import Generators, sample_tokens
 
@@ -35,6 +36,7 @@ class OneStepPipeline(TokenPipeline):
         top_p: float = 1.0,
     ):
         super().__init__()
+        check_denoiser(denoiser)
         self.register_modules(
             denoiser=denoiser,
             tokenizer=tokenizer,

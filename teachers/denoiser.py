@@ -62,9 +62,10 @@ class Denoiser(Protocol):
         ...
 
 
-SAYS_OF_ITSELF = ("condition_kind", "token_kind", "layers", "embedding_parameters")
+WORDS = ("mask_token_id", "condition_kind", "token_kind", "embed", "layers", "embedding_parameters")
 
 
-def lacks(network: type) -> list[str]:
-    """Which of the words that make a denoiser a network's class does not have."""
-    return [name for name in SAYS_OF_ITSELF if not hasattr(network, name)]
+def check_denoiser(network: Any) -> None:
+    """A ValueError where a network does not say of itself what a denoiser has to say."""
+    if missing := [word for word in WORDS if not hasattr(network, word)]:
+        raise ValueError(f"{type(network).__name__} is no denoiser: it lacks {', '.join(missing)} (docs/guide.md)")

@@ -44,3 +44,21 @@ def test_mean_mask_ratio_in_training(schedule, mean):
     """The integrals over progress ~ U(0, 1) in closed form."""
     progress = (torch.arange(100000) + 0.5) / 100000
     assert scheduled_mask_ratio(schedule, progress).mean() == pytest.approx(mean, abs=1e-4)
+
+
+def test_each_position_is_masked_by_itself_with_its_own_probability():
+    probability = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    tokens = torch.randint(0, 9, (20000, 5))
+    corrupted, positions = corrupt(tokens, probability.expand(20000, 5), 9, torch.Generator().manual_seed(0))
+    mask = corrupted == 9
+    assert torch.equal(positions, mask.flatten().nonzero()[:, 0])
+    assert torch.equal(corrupted[~mask], tokens[~mask])
+    assert (mask.float().mean(0) - probability).abs().max() < 4 * math.sqrt(0.25 / 20000)
+    correlation = mask[:, 1:4].float().T.corrcoef()
+    assert (correlation - torch.eye(3)).abs().max() < 0.03
+
+
+def test_with_probabilities_nothing_may_be_masked():
+    corrupted, positions = corrupt(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4), 9)
+    assert len(positions) == 0
+    assert (corrupted == 0).all()

@@ -1,8 +1,12 @@
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers import MaskedDiffusionPipeline
-from teachers.cost import cost_summary, decoder_flops, forward_flops, num_parameters
+from teachers.cost import cost_summary, count_operations, decoder_flops, forward_flops, num_parameters
 from teachers.released.sizes import RELEASED, random_components
 
 
@@ -34,3 +38,18 @@ def test_a_linear_layer_counts_twice_its_weights(teacher):
     small = forward_flops(teacher.denoiser)
     weights = sum(parameter.numel() for name, parameter in teacher.denoiser.named_parameters() if "blocks" in name)
     assert small > 2 * 16 * weights * 0.9
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_counts_by_its_formula_whatever_kernel_does_it(device, kernel):
+    """Scores 2 L S E and sums 2 L S D for each of B H heads, and twice that in the backward pass."""
+    query, key, value = (torch.randn(2, 3, length, 8, device=device, requires_grad=True) for length in (5, 7, 7))
+    forward = 2 * 3 * 2 * 5 * 7 * (8 + 8)
+    with sdpa_kernel(kernel) if device == "cpu" else contextlib.nullcontext():
+        with torch.no_grad(), count_operations() as counter:
+            F.scaled_dot_product_attention(query, key, value)
+        assert counter.get_total_flops() == forward
+        with count_operations() as counter:
+            F.scaled_dot_product_attention(query, key, value).sum().backward()
+        assert counter.get_total_flops() == 3 * forward

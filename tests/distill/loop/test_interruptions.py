@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_a_signal_stops_at_the_end_of_the_step(run, monkeypatch, tmp_path):
     def signalled(self, *arguments):
         calls.append(None)
         if len(calls) == 3:
-            trainer_module.signal.raise_signal(trainer_module.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return losses(self, *arguments)
 
     monkeypatch.setattr(DiMO, "losses", signalled)
@@ -110,7 +111,7 @@ def test_a_second_interrupt_stops_at_once(run, monkeypatch, tmp_path):
         calls.append(None)
         if len(calls) == 3:
             for _ in range(2):
-                trainer_module.signal.raise_signal(trainer_module.signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         return losses(self, *arguments)
 
     monkeypatch.setattr(DiMO, "losses", impatient)
@@ -126,7 +127,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_loses_nothing(run, tmp_path):
         for _ in range(100):
             heartbeats.append(step)
             if len(heartbeats) == 105:  # of the second evaluation
-                trainer_module.signal.raise_signal(trainer_module.signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR1)
             heartbeat()
         return {"fd": 1.0}
 
