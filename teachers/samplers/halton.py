@@ -22,7 +22,7 @@ class HaltonSampler(ScheduledSampler):
         token_grid: the grid's height and width, or the length of a sequence alone.
         num_inference_steps: network calls; no more than there are tokens.
         schedule: the share still masked after each step ("arccos", "cosine", "linear", "square").
-        roll: start at a random place of the order, another one for each sample.
+        roll: start anywhere in the order, another one for each sample.
     """
 
     @register_to_config
@@ -34,26 +34,26 @@ class HaltonSampler(ScheduledSampler):
         roll: bool = True,
     ):
         check_schedule(schedule)
-        self.place = halton_order(tuple(token_grid)).argsort()  # (L,): when each position's turn comes
+        self.rank = halton_order(tuple(token_grid)).argsort()  # (L,): when each position's turn comes
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
         batch_size, length = tokens.shape
-        if length != len(self.place):
+        if length != len(self.rank):
             raise ValueError(f"a HaltonSampler for a grid of {self.config.token_grid} got {length} tokens")
-        place = self.place.to(tokens.device).expand(batch_size, length)
+        rank = self.rank.to(tokens.device).expand(batch_size, length)
         if self.config.roll:
             offset = rand(batch_size, 1, generator=generator, device=tokens.device) * length
-            place = (place - offset.long()) % length
-        turn = descending_rank(-place.float(), positions)
-        num_positions = positions.sum(-1)
+            rank = (rank - offset.long()) % length
+        turn = descending_rank(-rank.float(), block)
+        num_positions = block.sum(-1)
 
         num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
             share = 1 - scheduled_mask_ratio(self.config.schedule, (step + 1) / num_steps)
             num_revealed = (num_positions * share + 1e-4).floor().clamp(min=step + 1)
-            now = positions & (tokens == denoise.mask_token_id) & (turn < num_revealed[:, None])
+            now = block & (tokens == denoise.mask_token_id) & (turn < num_revealed[:, None])
             sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), now, generator)
             tokens = torch.where(now, sampled, tokens)
         return tokens

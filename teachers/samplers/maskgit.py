@@ -48,12 +48,12 @@ class MaskGITSampler(ScheduledSampler):
         check_choice("choice_decay", choice_decay, DECAYS)
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
-        config, num_positions = self.config, positions.sum(-1)
+        config, num_positions = self.config, block.sum(-1)
         num_steps = min(num_steps, int(num_positions.max()))
         for step in range(num_steps):
-            masked = positions & (tokens == denoise.mask_token_id)
+            masked = block & (tokens == denoise.mask_token_id)
             sampled, probability = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             if config.order == "confidence":
                 scale = config.choice_temperature

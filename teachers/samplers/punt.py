@@ -66,9 +66,9 @@ class PUNTSampler(AdaptiveSampler):
             tests = kept & ((rank >> bit) & 1).bool()
             kept = test(kept, kept & ~tests, tests)
         if self.config.verify:
-            place = descending_rank(score, kept)
+            rank = descending_rank(score, kept)
             for turn in range(1, int(kept.sum(-1).max())):
-                kept = test(kept, kept & (place < turn), kept & (place == turn))
+                kept = test(kept, kept & (rank < turn), kept & (rank == turn))
         return torch.where(kept, candidates, tokens)
 
 

@@ -43,7 +43,7 @@ class ReMDMSampler(Sampler):
         return num_steps
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
         config = self.config
         shares = [1 - scheduled_mask_ratio(config.schedule, step / num_steps).item() for step in range(num_steps + 1)]
@@ -53,10 +53,10 @@ class ReMDMSampler(Sampler):
             remask_probability = min(config.eta, most) if config.strategy == "cap" else config.eta * most
             reveal_probability = (then - (1 - remask_probability) * now) / (1 - now)
 
-            masked = positions & (tokens == denoise.mask_token_id)
+            masked = block & (tokens == denoise.mask_token_id)
             sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), masked, generator)
             uniform = rand(*tokens.shape, generator=generator, device=tokens.device)
             reveal = masked & (uniform < reveal_probability)
-            remask = positions & ~masked & (uniform < remask_probability)
+            remask = block & ~masked & (uniform < remask_probability)
             tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, denoise.mask_token_id)
         return tokens

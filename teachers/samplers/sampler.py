@@ -42,8 +42,8 @@ class Sampler(SchedulerMixin, ConfigMixin):
         masked = tokens == denoise.mask_token_id
         num_steps = self.num_steps(num_inference_steps, tokens.shape[1])
         blocks = list(split_blocks(masked, block_length))
-        for positions in blocks:
-            tokens = self.fill(denoise, tokens, positions, max(1, num_steps // len(blocks)), generator)
+        for block in blocks:
+            tokens = self.fill(denoise, tokens, block, max(1, num_steps // len(blocks)), generator)
         return tokens
 
     def num_steps(self, num_inference_steps: int | None, length: int) -> int:
@@ -51,9 +51,9 @@ class Sampler(SchedulerMixin, ConfigMixin):
         raise NotImplementedError
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
-        """Fill in the `positions` (B, L), all of them masked, in `num_steps` at most; in fewer where they are fewer."""
+        """Fill in the `block` (B, L), positions that are all masked, in `num_steps` at most, or as few as they are."""
         raise NotImplementedError
 
 
@@ -79,11 +79,11 @@ class AdaptiveSampler(Sampler):
         return length
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
-        num_positions = positions.sum(-1)
+        num_positions = block.sum(-1)
         while True:
-            masked = positions & (tokens == denoise.mask_token_id)
+            masked = block & (tokens == denoise.mask_token_id)
             rows = masked.any(-1).nonzero().squeeze(-1)  # what is finished costs nothing more
             if len(rows) == 0:
                 return tokens

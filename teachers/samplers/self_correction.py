@@ -61,9 +61,9 @@ class SelfCorrectionSampler(ScheduledSampler):
             check_range("a fraction", fraction, 0, 1)
 
     def fill(
-        self, denoise: GuidedDenoiser, tokens: Tensor, positions: Tensor, num_steps: int, generator: Generators
+        self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
-        config, num_positions = self.config, positions.sum(-1)
+        config, num_positions = self.config, block.sum(-1)
         total = torch.zeros_like(tokens, dtype=torch.float32)  # of the probabilities of each token since its reveal
         count = torch.zeros_like(tokens)
         due = torch.zeros_like(num_positions, dtype=torch.float32)
@@ -72,8 +72,8 @@ class SelfCorrectionSampler(ScheduledSampler):
         for step in range(num_steps):
             progress = step / max(num_steps - 1, 1)
             logits = denoise(tokens, progress)
-            masked = positions & (tokens == denoise.mask_token_id)
-            revealed = positions & ~masked
+            masked = block & (tokens == denoise.mask_token_id)
+            revealed = block & ~masked
             sampled, sampled_probability = draw(logits, masked, generator)
             num_masked = scheduled_num_masked(num_positions, config.schedule, step, num_steps)
 
@@ -101,10 +101,10 @@ class SelfCorrectionSampler(ScheduledSampler):
     def fraction(self, step: int, num_steps: int) -> float:
         """The share of the tokens that a step should mask again."""
         start, end = self.config.window
-        fractions, place = self.config.fractions, step / num_steps
-        if not start <= place < end or step == num_steps - 1:
+        fractions, progress = self.config.fractions, step / num_steps
+        if not start <= progress < end or step == num_steps - 1:
             return 0.0
-        return fractions[int((place - start) / (end - start) * len(fractions))]
+        return fractions[int((progress - start) / (end - start) * len(fractions))]
 
 
 def leave_one_out(denoise: GuidedDenoiser, tokens: Tensor, revealed: Tensor, progress: float) -> Tensor:

@@ -1,0 +1,71 @@
+"""The measuring half of the quickstart, on the tiny teacher, with features that cost nothing."""
+
+import json
+
+import pytest
+
+from distill.methods.dimo import DiMO
+from eval.comparison import Comparison
+from eval.evaluate import Reference
+from eval.tuning import Grid
+from students import OneStepPipeline, TokenInitialiser
+from teachers.data import DataConfig
+
+GRID = Grid((1.0, 0.5), (1.0, 1.5), (1, 2), num_tuning_images=20, num_report_images=30)
+
+
+class Pixels:
+    name, distance_names = "pixels", ("fd", "kd")
+
+    def __call__(self, images):
+        return images.flatten(1)[:, ::4]
+
+    def judge(self, features, rows):
+        return {"class_consistency": features.mean().item()}
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    return Comparison(tmp_path, DataConfig(), GRID, seed=0)
+
+
+def test_from_measurements_to_the_report(comparison, teacher, digits, tmp_path):
+    reference = Reference(Pixels(), digits)
+    student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher))
+    comparison.measure_teacher(teacher, reference)
+    comparison.measure(teacher, student, reference)
+    rows = comparison.card_rows()
+    assert (rows[0][""], rows[0]["steps"], rows[0]["nfe"]) == ("student", 1, 1.0)
+    assert [row["steps"] for row in rows[1:]] == [1, 2]
+    assert comparison.student_temperature() in (1.0, 0.5)
+    comparison.time(teacher, student)
+    about = {"method": DiMO, "settings": {"Student": "seed: 0"}, "seconds": {"teacher": 1.0, "student": 2.0}}
+    summary = comparison.summarise(teacher, student, reference, **about)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best_teacher"] == min(summary["teacher"], key=lambda row: row["fd"])
+    speeds = [row["images_per_second"] for row in (summary["student"], summary["best_teacher"])]
+    assert summary["speedup_vs_best_teacher"] == pytest.approx(speeds[0] / speeds[1])
+    assert summary["wall_seconds"]["total"] == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "distilled with Di[M]O" in page
+    assert {"samples.png", "quality.png", "measurements.json", "speed.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_what_another_run_measured_is_taken_over_if_it_was_as_careful(comparison, tmp_path):
+    for name, grid in [("same", GRID), ("coarser", Grid((1.0,), (1.0,), (1,), 20, 30))]:
+        run = tmp_path / name
+        (run / "classifier").mkdir(parents=True)
+        (run / "classifier" / "weights").write_text(name)
+        other = Comparison(run, DataConfig(), grid, seed=0)
+        other.teacher_rows.write_text(json.dumps({"grid": other._grid_as_json(), "rows": []}))
+    mine = Comparison(tmp_path / "mine", DataConfig(), GRID, seed=0)
+    mine.output.mkdir()
+    mine.take_over(tmp_path / "coarser")
+    assert (mine.classifier / "weights").read_text() == "coarser"
+    assert not mine.teacher_rows.exists()
+    theirs = Comparison(tmp_path / "theirs", DataConfig(), GRID, seed=0)
+    theirs.output.mkdir()
+    theirs.take_over(tmp_path / "same")
+    assert theirs.teacher_rows.exists()
