@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-oldest test-slow lint clean
 
 help:
 	@echo "make quickstart   train a small teacher, distil it to one step, measure both, write runs/digits/report.html"
-	@echo "make test         the test suite (minutes)"
+	@echo "make test         the test suite on the newest releases of what it depends on (minutes)"
+	@echo "make test-oldest  on the oldest that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-slow    the tests that are left out of it"
 	@echo "make lint         ruff and mypy"
-	@echo "make clean        remove .venv and caches (runs/ stays)"
+	@echo "make clean        remove .venv, .venv-oldest and caches (runs/ stays)"
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,11 +19,21 @@ help:
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	@echo "Installing the oldest dependencies into .venv-oldest (several GB: a few minutes) ..."
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[dev]'
+	@touch $@
+
 quickstart: .venv/installed
 	$(BIN)/python scripts/quickstart.py
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s
@@ -33,4 +44,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .ruff_cache .mypy_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv-oldest .ruff_cache .mypy_cache .pytest_cache *.egg-info

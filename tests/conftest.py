@@ -1,9 +1,11 @@
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from drawn import redraw
 
 from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
 from teachers.data import DataConfig, load_data
@@ -16,6 +18,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    packages = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "peft", "datasets", "safetensors")
+    return "on: " + ", ".join(f"{name} {version(name)}" for name in (*packages, "omegaconf", "scipy", "scikit-learn"))
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +41,12 @@ def digits() -> torch.Tensor:
 def tiny_teacher(digits: torch.Tensor) -> MaskedDiffusionPipeline:
     """An untrained teacher on the digits: 4x4 tokens, a codebook of 16."""
     tokenizer = PatchTokenizer.fit(digits, patch_size=2, codebook_size=16)
-    torch.manual_seed(0)
-    denoiser = MaskGITTransformer(16, 10, (4, 4), hidden_size=16, num_layers=1, num_attention_heads=2, mlp_size=32)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "mlp_size": 32}
+    denoiser = redraw(MaskGITTransformer(16, 10, (4, 4), **sizes), 0.1)
     with torch.no_grad():  # an untrained network hardly sees its input; make it look
         for parameter in denoiser.parameters():
-            parameter.mul_(5)
+            if parameter.dim() == 1:
+                parameter.mul_(5)
     return MaskedDiffusionPipeline(denoiser.eval(), tokenizer, MaskGITSampler(order="random", num_inference_steps=4))
 
 
