@@ -3,6 +3,7 @@
 from functools import partial
 
 import exact
+import pytest
 import torch
 from drawn import redraw
 
@@ -32,31 +33,31 @@ def train(output, task, draw_batch, **settings):
     return trainer.averaged_network()
 
 
-def test_the_one_step_student_samples_the_joint(tmp_path):
-    """Total variation below 0.1 after a minute, where the product of the marginals stays above 0.6."""
-    cumulative = exact.joint().cumsum(0)
+def draw_data(step, places, generators):
+    cumulative = exact.joint().cumsum(0).expand(len(places), 1, -1).contiguous()
+    return exact.states()[sample_cumulative(cumulative, generators).squeeze(1)], no_condition(len(places))
 
-    def draw_data(step, places, generators):
-        rows = sample_cumulative(cumulative.expand(len(places), 1, -1).contiguous(), generators).squeeze(1)
-        return exact.states()[rows], no_condition(len(places))
 
-    untrained = redraw(MaskGITTransformer(exact.CODEBOOK_SIZE, 1, (1, exact.LENGTH), 48, 2, 4, 192, dropout=0.0), 0.02)
+def distil(folder, seed=0, num_steps=1000, auxiliary_learning_rate=3e-3, **settings):
+    """Errors (total variation) of one step before and after distillation, from a start of this seed."""
+    folder.mkdir()
+    untrained = MaskGITTransformer(exact.CODEBOOK_SIZE, 1, (1, exact.LENGTH), 48, 2, 4, 192, dropout=0.0)
     start = train(
-        tmp_path / "start",
-        MaskedObjective(MaskedConfig(label_dropout=0.0), untrained),
+        folder / "start",
+        MaskedObjective(MaskedConfig(label_dropout=0.0), redraw(untrained, 0.02, seed)),
         draw_batch=draw_data,
         num_steps=300,
         learning_rate=1e-3,
         learning_rate_schedule="cosine",
     )
-
     teacher = exact.ExactDenoiser()
     initialiser = TokenInitialiser((1, exact.LENGTH), exact.CODEBOOK_SIZE, 1, teacher.mask_token_id)
+    config = DiMOConfig(auxiliary_learning_rate=auxiliary_learning_rate, **settings)
     student = train(
-        tmp_path / "student",
-        DiMO(DiMOConfig(auxiliary_learning_rate=3e-3), teacher, initialiser, partial(make_learner, start, True)),
+        folder / "student",
+        DiMO(config, teacher, initialiser, partial(make_learner, start, True)),
         draw_batch=lambda step, places, generators: no_condition(len(places)),
-        num_steps=1000,
+        num_steps=num_steps,
         learning_rate=3e-4,
         learning_rate_schedule="linear",
     )
@@ -67,16 +68,39 @@ def test_the_one_step_student_samples_the_joint(tmp_path):
             tokens = sample_tokens(network(initialiser(condition, generator), condition), generator)
         return exact.total_variation(exact.histogram(tokens), exact.joint())
 
+    return one_step_error(start), one_step_error(student)
+
+
+def test_the_one_step_student_samples_the_joint(tmp_path):
+    """Total variation below 0.1 after a minute, where the product of the marginals stays above 0.6."""
+    before, after = distil(tmp_path / "run")
     errors = {
         "product of the marginals": exact.total_variation(exact.product_of_marginals(), exact.joint()),
-        "before distillation": one_step_error(start),
-        "one-step student": one_step_error(student),
+        "before distillation": before,
+        "one-step student": after,
         "as many samples of the joint": exact.total_variation(exact.histogram(samples_of_the_joint()), exact.joint()),
     }
     print({name: round(error, 3) for name, error in errors.items()})  # for docs/results.md: pytest -s
     assert errors["product of the marginals"] > 0.6
     assert errors["before distillation"] > 0.4
     assert errors["one-step student"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"auxiliary_updates": 2, "auxiliary_learning_rate": 1e-3, "num_steps": 700},
+        {"auxiliary_learning_rate": 1e-3},
+    ],
+    ids=["rate x 10", "rate x 3.3, two updates", "rate x 3.3"],
+)
+def test_the_joint_from_four_starts(tmp_path, settings):
+    """An auxiliary that follows reaches the joint from each start; one that is slow loses its student from some."""
+    errors = [distil(tmp_path / str(seed), seed, **settings)[1] for seed in range(4)]
+    print("\n", settings, [round(error, 3) for error in errors])  # for docs/results.md: pytest -m slow -s
+    assert max(errors) < 0.1 or settings == {"auxiliary_learning_rate": 1e-3}
 
 
 def samples_of_the_joint():
