@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from teachers.data import NO_CLASS, DataConfig, ImageData
+from teachers.folder import renewed_folder
 from teachers.progress import progress_bar
 
 FEATURE_SIZE = 64
@@ -83,8 +84,9 @@ class ClassifierFeatures:
             if known["data"] == wanted:
                 return cls(Classifier.from_pretrained(folder), known["test_accuracy"], config.name)
         classifier, accuracy = train_classifier(train, test)
-        classifier.save_pretrained(folder)
-        description.write_text(json.dumps({"data": wanted, "test_accuracy": accuracy}, indent=2))
+        with renewed_folder(folder) as staging:  # runs side by side share it
+            classifier.save_pretrained(staging)
+            (staging / description.name).write_text(json.dumps({"data": wanted, "test_accuracy": accuracy}, indent=2))
         return cls(classifier, accuracy, config.name)
 
 

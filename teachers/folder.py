@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,25 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists():
         output.rmdir()
     os.replace(staging, output)
+
+
+@contextlib.contextmanager
+def renewed_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, whose files then take the place of those in `output`, one by one.
+
+    Another process that has one of them open, or mapped, keeps what it opened.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=_made(output.parent)) as staging:
+        yield Path(staging)
+        _made(output)
+        for path in sorted(Path(staging).iterdir()):
+            sync(path)
+            os.replace(path, output / path.name)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -1,11 +1,17 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from distill.config import load_config, parse_arguments, to_yaml
+from distill.jobs.clip import CLIPJob
 from distill.jobs.student import StudentJob
 from distill.jobs.teacher import TeacherJob
+from distill.jobs.tokenizer import TokenizerJob
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+JOBS = {"teacher": TeacherJob, "tokenizer": TokenizerJob, "clip": CLIPJob, "student": StudentJob}
 
 
 def written(tmp_path, text):
@@ -87,3 +93,21 @@ def test_the_word_no_is_a_word(tmp_path):
         {"path": written(tmp_path, "training: {mixed_precision: no}")},
     ]:
         assert load_config(StudentJob, **source).training.mixed_precision == "no"
+
+
+def test_what_a_setting_was_called_before_is_taken_with_a_word(tmp_path, caplog):
+    text = "auxiliary_learning_rate: 0.5\nalarms: {lowest_token_entropy: 0.25, patience: 7}\nmethod: {beta: 1}"
+    job = load_config(StudentJob, written(tmp_path, text))
+    assert (job.method.auxiliary_learning_rate, job.method.lowest_token_entropy, job.method.beta) == (0.5, 0.25, 1)
+    assert job.alarms.patience == 7
+    assert "auxiliary_learning_rate is called method.auxiliary_learning_rate now" in caplog.text
+    job = load_config(StudentJob, written(tmp_path, text), ["method.auxiliary_learning_rate=0.1"])
+    assert job.method.auxiliary_learning_rate == 0.1
+    assert load_config(StudentJob, overrides=["auxiliary_learning_rate=0.3"]).method.auxiliary_learning_rate == 0.3
+
+
+def test_every_configuration_that_is_there_is_read():
+    for path in sorted(CONFIGS.glob("*/*.yaml")):
+        job_class = next((job for name, job in JOBS.items() if path.stem.startswith(name)), StudentJob)
+        if path.parent.name != "accelerate":
+            assert load_config(job_class, path) != job_class(), path

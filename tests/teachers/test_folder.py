@@ -1,0 +1,29 @@
+import pytest
+
+from teachers.folder import new_file, new_folder, renewed_folder
+
+
+def test_who_has_a_file_open_keeps_it(tmp_path):
+    with renewed_folder(tmp_path / "kept") as staging:
+        (staging / "weights").write_text("old" * 1000)
+    with (tmp_path / "kept" / "weights").open() as opened:
+        with renewed_folder(tmp_path / "kept") as staging:
+            (staging / "weights").write_text("new")
+        assert opened.read() == "old" * 1000
+    assert (tmp_path / "kept" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_after_an_error_all_is_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(RuntimeError), new_file(tmp_path / "file") as staging:
+        staging.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), renewed_folder(tmp_path / "kept") as staging:
+        (staging / "weights").write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "new") as staging:
+        (staging / "weights").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "file").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
