@@ -14,16 +14,17 @@ def test_who_has_a_file_open_keeps_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def fail_half_way(path):
+    path.write_text("half")
+    raise RuntimeError
+
+
 def test_after_an_error_all_is_as_it_was(tmp_path):
     (tmp_path / "file").write_text("before")
     with pytest.raises(RuntimeError), new_file(tmp_path / "file") as staging:
-        staging.write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), renewed_folder(tmp_path / "kept") as staging:
-        (staging / "weights").write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "new") as staging:
-        (staging / "weights").write_text("half")
-        raise RuntimeError
+        fail_half_way(staging)
+    for folder in (renewed_folder, new_folder):
+        with pytest.raises(RuntimeError), folder(tmp_path / "new") as staging:
+            fail_half_way(staging / "weights")
     assert (tmp_path / "file").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
