@@ -71,6 +71,7 @@ def load_config(
     """
     sources = [(str(path), _read_yaml(path)), ("the command line", _read_overrides(overrides))]
     for source, given in sources:
+        _check_choices(given, config_class(), source)
         _rename(given, getattr(config_class, "FORMERLY", {}), source)
     defaults = _choose(config_class(), sources)
     merged = OmegaConf.structured(defaults)
@@ -117,6 +118,16 @@ def _read_overrides(overrides: typing.Sequence[str]) -> dict[Any, Any]:
         raise ValueError(f"{' '.join(overrides)} are not settings of the form key=value: {error}") from None
     assert isinstance(given, dict)
     return given
+
+
+def _check_choices(given: Mapping[str, Any], defaults: Any, source: str) -> None:
+    """A ValueError where one of several kinds is not chosen by a mapping with its `name`."""
+    for field in dataclasses.fields(defaults):
+        if "kinds" in field.metadata and field.name in given:
+            chosen = given[field.name]
+            if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name", ""), str):
+                known = ", ".join(field.metadata["kinds"])
+                raise ValueError(f"{source}: {field.name}={chosen!r}; say {field.name}.name=..., one of {known}")
 
 
 def _rename(given: dict[Any, Any], formerly: Mapping[str, str], source: str) -> None:

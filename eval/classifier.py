@@ -84,6 +84,7 @@ class ClassifierFeatures:
             if known["data"] == wanted:
                 return cls(Classifier.from_pretrained(folder), known["test_accuracy"], config.name)
         classifier, accuracy = train_classifier(train, test)
+        description.unlink(missing_ok=True)  # first and last: never beside weights that it does not describe
         with renewed_folder(folder) as staging:  # runs side by side share it
             classifier.save_pretrained(staging)
             (staging / description.name).write_text(json.dumps({"data": wanted, "test_accuracy": accuracy}, indent=2))

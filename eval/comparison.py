@@ -22,6 +22,7 @@ from teachers.conditions.condition import Conditions
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.data import DataConfig, load_data
 from teachers.folder import new_file
+from teachers.guidance import check_guidance
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
 
 QUICK = Grid(
@@ -85,6 +86,8 @@ class Comparison:
 
     def measure_teacher(self, teacher: MaskedDiffusionPipeline, reference: Reference) -> None:
         """The teacher at its best at each step count, into `teacher_rows`."""
+        for guidance_scale in self.grid.guidance_scales:
+            check_guidance(teacher.denoiser, guidance_scale)
         rows = []
         for steps in self.grid.num_steps:
             settings = self.grid.teacher_settings(steps)

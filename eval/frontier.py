@@ -24,6 +24,7 @@ from teachers.component import settings_of, weights_digest
 from teachers.conditions.condition import Conditions
 from teachers.cost import machine
 from teachers.folder import new_file
+from teachers.guidance import check_guidance
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline
 from teachers.progress import progress_bar
 from teachers.samplers import (
@@ -115,6 +116,8 @@ def measure_frontier(
     settings, the weights of both and what the measurement is `about`, and not measured twice. `conditions` are what to
     generate from, by default all classes.
     """
+    for guidance_scale in grid.guidance_scales:
+        check_guidance(teacher.denoiser, guidance_scale)
     points: list[tuple[str, str, float, dict[str, Any]]] = [(STUDENT, "", 1.0, {})]
     pipelines: list[MaskedDiffusionPipeline | OneStepPipeline] = [student]
     for guidance_scale in grid.guidance_scales:

@@ -61,9 +61,14 @@ def start(arguments: argparse.Namespace) -> None:
 
     stage, one_step = recipe.stages.run, output / "one-step"
     teacher, reference = load_pipeline(recipe.teacher_folder), comparison.reference()
-    student, job, _ = load_student(recipe.student_run)
+    job = load_job(recipe.student_run)
+
+    def measure() -> None:
+        student, _, _ = load_student(recipe.student_run)
+        comparison.measure(teacher, student, reference)
+
     stage("the teacher's measurement", comparison.teacher_rows, lambda: comparison.measure_teacher(teacher, reference))
-    stage("measurement", comparison.measurements, lambda: comparison.measure(teacher, student, reference))
+    stage("measurement", comparison.measurements, measure)
     stage("export", one_step, lambda: export(recipe, comparison, one_step))
     exported = load_pipeline(one_step)
     stage("speed", comparison.speed, lambda: comparison.time(teacher, exported))
@@ -74,7 +79,7 @@ def start(arguments: argparse.Namespace) -> None:
         method=METHODS[job.method.name],
         settings={
             "Teacher": (recipe.teacher_folder.parent / "config.yaml").read_text(),
-            "Student": to_yaml(load_job(recipe.student_run)),
+            "Student": to_yaml(job),
         },
         seconds=recipe.stages.seconds,
     )

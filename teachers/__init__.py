@@ -45,12 +45,7 @@ __all__ = [
 
 # A saved pipeline names its components by module and class: by this package, whatever files they lie in. diffusers
 # loads them by what it finds here, `ModelMixin` among it.
-for _saved in (
-    AmusedDenoiser,
-    HaltonMaskGITTransformer,
-    MaskGITTransformer,
-    MeissonicTransformer,
-    PatchTokenizer,
-    VQTokenizer,
-):
-    _saved.__module__ = __name__
+for _name in __all__:
+    _part = globals()[_name]
+    if isinstance(_part, type) and issubclass(_part, ModelMixin) and _part is not ModelMixin:
+        _part.__module__ = __name__

@@ -25,7 +25,7 @@ class Denoiser(Protocol):
     on "none" it takes no notice of what it is given.
     """
 
-    config: Any  # with `token_grid` (h, w) and `codebook_size`
+    config: Any  # with `token_grid` (h, w)
     mask_token_id: int
     condition_kind: ConditionKind
     token_kind: TokenKind

@@ -188,7 +188,13 @@ class TokenPipeline(DiffusionPipeline):
         """The one of the three that was given (the first may be class labels too), or none, so many times."""
         given = [kind for kind in (prompt, class_labels, condition) if kind is not None]
         if self.condition_kind == "none" and not given:
-            return ClassCondition.none(1 if batch_size is None else batch_size, self.device)
+            batch_size = 1 if batch_size is None else batch_size
+            if batch_size < 1 or negative_prompt is not None:
+                raise ValueError(
+                    f"got batch_size={batch_size} and negative_prompt={negative_prompt!r}; an unconditional model "
+                    "makes one image or more, and takes no prompt"
+                )
+            return ClassCondition.none(batch_size, self.device)
         if len(given) != 1 or batch_size is not None:
             raise ValueError("pass one of prompt, class_labels and condition; batch_size is of unconditional models")
         if isinstance(given[0], Condition):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.config import load_config
 from distill.jobs.student import StudentJob, load_teacher
+from distill.methods.dimo import DiMOConfig
 from eval import inception
 from teachers import MaskedDiffusionPipeline
 from teachers.conditions.prompts import PromptConfig, clean_prompts, load_prompts
@@ -208,7 +209,10 @@ KEYS = [
     "training.num_steps",
     "training.batch_size",
     "method",
+    "method.name",
     "method.beta",
+    "auxiliary_learning_rate",
+    "alarms.lowest_token_entropy",
     "initial.mask_ratio",
 ]
 
@@ -222,6 +226,16 @@ def test_any_override_is_taken_or_is_a_value_error(key, value):
         return
     assert isinstance(job, StudentJob)
     assert isinstance(job.training.num_steps, int)
+    assert isinstance(job.method, DiMOConfig)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=null"], ["method=dimo"], ["method.name=[a]"], ["auxiliary_learning_rate=1", "method=dimo"]],
+)
+def test_a_method_is_chosen_by_its_name_and_not_otherwise(overrides):
+    with pytest.raises(ValueError, match=r"method=.*say method\.name=\.\.\., one of dimo"):
+        load_config(StudentJob, overrides=overrides)
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ModelMixin, SchedulerMixin
 from safetensors.torch import load_file
 
 from students.loading import load_pipeline
@@ -27,6 +29,20 @@ def images(pipeline):
 def names(folder):
     index = json.loads((folder / "model_index.json").read_text())
     return {entry[0] for entry in index.values() if isinstance(entry, list) and entry[0]}
+
+
+def test_every_component_is_saved_under_a_name_that_no_file_s_move_changes():
+    found = [part for base in (ModelMixin, SchedulerMixin) for part in subclasses(base)]
+    ours = [part for part in found if part.__module__.split(".")[0] in ("teachers", "students")]
+    ours = [part for part in ours if part.__name__ not in ("Sampler", "ScheduledSampler", "AdaptiveSampler")]
+    assert len(ours) == 15
+    for part in ours:
+        assert part.__module__ in ("teachers", "teachers.samplers", "students")
+        assert getattr(sys.modules[part.__module__], part.__name__) is part
+
+
+def subclasses(base):
+    return [part for child in base.__subclasses__() for part in (child, *subclasses(child))]
 
 
 @pytest.mark.parametrize("name", ["maskgit", "halton", "meissonic", "amused", "student"])

@@ -66,6 +66,9 @@ def test_it_is_asked_for_a_number_of_images(unconditional):
     condition = unconditional.encode_condition([None])
     alone = unconditional(condition=condition, generator=sample_generators(0, places=[2]), output_type="pt").images
     assert torch.equal(whole[2:], alone)
+    for wrong in ({"batch_size": 0}, {"negative_prompt": "blurry"}):
+        with pytest.raises(ValueError, match="takes no prompt"):
+            unconditional(**wrong)
     for wrong in ([3], "a cat"):
         with pytest.raises(ValueError, match="unconditional"):
             unconditional(wrong)

@@ -142,7 +142,7 @@ def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
     if not job.text_encoder and not data.class_names and data.texts is not None:
         raise ValueError(
             "there are captions and no labels: name a text_encoder for a teacher conditioned on the captions, or leave "
-            "them out (data.text_column=) for an unconditional one"
+            "them out (data.text_column=, also where tokens are cached) for an unconditional one"
         )
     if job.text_encoder and data.texts is None:
         raise ValueError("there are no captions for the text_encoder: name their column (data.text_column)")

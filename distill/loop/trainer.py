@@ -258,7 +258,7 @@ class Trainer:
         accelerator = self.accelerator
         sums, numbers = accelerator.gather(torch.stack(list(metrics.values()))[None]).sum(0).unbind(-1)
         values = dict(zip(metrics, (sums / numbers).tolist(), strict=True))
-        values["learning_rate"] = next(iter(self.schedulers.values())).get_last_lr()[0]
+        values["learning_rate"] = self.schedulers[self.task.averaged].get_last_lr()[0]
         self._write(values)
         for message in self.alarms(values):
             logger.warning("step %d: %s", self.step, message)

@@ -35,7 +35,7 @@ class Method:
         optimizers: what AdamW is told of a network (its `lr`, `betas`, ...) where that is not what `training` says.
         averaged: the network whose averaged weights are measured and exported.
         updates: a training step, as a sequence of updates; an update names the networks that learn in it.
-        alarms: what tells that it has gone wrong, of the metrics that `losses` gives.
+        alarms: what tells that it has gone wrong, of metrics that `losses` gives in every step that is measured.
     """
 
     config_class: ClassVar[type]

@@ -75,7 +75,10 @@ def write_prompt_cache(
     """
     source = {"weights": weights_digest(text_encoder), "negative_prompt": negative_prompt, "prompts": prompts}
     if (folder / SOURCE).is_file():
-        if json.loads((folder / SOURCE).read_text(encoding="utf-8")) != source:
+        known = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        if isinstance(known["weights"], float):  # of the time before digests: taken on trust
+            known["weights"] = source["weights"]
+        if known != source:
             raise ValueError(f"{folder} holds other prompts, or those of another encoder; name another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         return self.time_text_embed(timestep, pooled)
 
     def _positions(self, num_text_tokens: int, height: int, device: torch.device) -> torch.Tensor:
-        """The (0, row, column) of each text token, all 0, and of each place of the grid that the transformer sees."""
+        """The (0, row, column) of each text token, all 0, and of each position that the transformer sees."""
         width = height * self.config.token_grid[1] // self.config.token_grid[0]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
@@ -178,7 +178,7 @@ class TokenEmbedding(UVit2DConvEmbed):
     """Tokens (B, L) -> embeddings (B, L, D); diffusers' own is of grids."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return as_sequence(super().forward(tokens[:, :, None]))  # a convolution of single places, whatever the grid
+        return as_sequence(super().forward(tokens[:, :, None]))  # a convolution of single positions, whatever the grid
 
 
 def as_sequence(grid: torch.Tensor) -> torch.Tensor:

@@ -14,16 +14,17 @@ from teachers.denoiser import Denoiser
 class Objective:
     """Says which networks learn and from which losses; a masked diffusion teacher's has the `denoiser` among them.
 
-    It knows no device, optimizer, process or checkpoint. To add one: a subclass in a file of its own, its name in
-    `OBJECTIVES` (teachers/objectives/__init__.py).
+    It knows no device, optimizer, process or checkpoint. To add one of teachers: a subclass in a file of its own, its
+    name in `OBJECTIVES` (teachers/objectives/__init__.py).
 
     Attributes:
-        config_class: a dataclass of its settings, the first of which is its `name`.
+        config_class: a dataclass of its settings; where a job chooses it by name, with that `name`.
         networks: those that learn, by name, as they start.
         optimizers: what AdamW is told of a network (its `lr`, `betas`, ...) where that is not what `training` says.
         averaged: the network whose averaged weights are measured and saved.
         updates: a training step, as a sequence of updates; an update names the networks that learn in it.
-        alarms: metrics, what they must not fall below and not rise above, and what it means if they do.
+        alarms: metrics of every step that is measured, what they must not fall below and not rise above, and what it
+            means if they do.
     """
 
     config_class: ClassVar[type]

@@ -22,15 +22,3 @@ __all__ = [
     "SchedulerMixin",
     "SelfCorrectionSampler",
 ]
-
-for _saved in (
-    ConfidenceThresholdSampler,
-    EntropyBoundedSampler,
-    FirstHittingSampler,
-    HaltonSampler,
-    MaskGITSampler,
-    PUNTSampler,
-    ReMDMSampler,
-    SelfCorrectionSampler,
-):
-    _saved.__module__ = __name__  # as in `teachers`: the name it is saved by

@@ -22,6 +22,10 @@ class Sampler(SchedulerMixin, ConfigMixin):
     business: the logits that it sees are those of the distribution that tokens are drawn from.
     """
 
+    def __init_subclass__(cls) -> None:
+        if cls.__module__.startswith(f"{__package__}."):
+            cls.__module__ = __package__  # the name it is saved by, as in `teachers`
+
     def __call__(
         self,
         denoise: GuidedDenoiser,

@@ -63,8 +63,12 @@ def write_token_cache(
         "weights": weights_digest(tokenizer),
     }
     origin = folder / "source.json"
-    if origin.is_file() and json.loads(origin.read_text()) != source:
-        raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
+    if origin.is_file():
+        known = json.loads(origin.read_text())
+        if isinstance(known["weights"], float):  # of the time before digests: taken on trust
+            known["weights"] = source["weights"]
+        if known != source:
+            raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
     if not origin.is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"the output folder {folder} is not empty; name another one or remove it")
     folder.mkdir(parents=True, exist_ok=True)

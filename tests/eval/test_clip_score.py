@@ -15,12 +15,12 @@ from teachers.data import DataConfig, load_data
 def test_a_trained_clip_tells_its_captions_apart(clip_folder, pictures):
     data = load_data(DataConfig(name=str(pictures), text_column="text", label_column="", num_channels=3))
     captions = sorted(set(data.texts))
-    places = torch.tensor([captions.index(text) for text in data.texts])
+    rows = torch.tensor([captions.index(text) for text in data.texts])
     features = ClipFeatures.load(clip_folder, captions)
     embeddings = features(data.images())
-    right = features.judge(embeddings, places)
+    right = features.judge(embeddings, rows)
     assert right["retrieval_accuracy"] > 0.95
-    wrong = features.judge(embeddings, (places + 5) % len(captions))
+    wrong = features.judge(embeddings, (rows + 5) % len(captions))
     assert wrong["retrieval_accuracy"] < 0.05
     assert wrong["clip_score"] < right["clip_score"] - 0.3
 
@@ -51,8 +51,8 @@ def test_scores_of_known_embeddings():
     assert clip_score(images, torch.eye(4)) == {"clip_score": 1, "clip_score_error": 0}
     half = torch.nn.functional.normalize(torch.eye(4) + torch.eye(4).roll(1, 0), dim=-1)
     assert clip_score(images, half)["clip_score"] == pytest.approx(0.5**0.5)
-    places = torch.tensor([0, 1, 2, 0])
-    assert retrieval_accuracy(images, torch.eye(4), places) == 0.75
+    rows = torch.tensor([0, 1, 2, 0])
+    assert retrieval_accuracy(images, torch.eye(4), rows) == 0.75
     noise = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
     captions = torch.nn.functional.normalize(torch.randn(100, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
     chance = retrieval_accuracy(noise, captions, torch.arange(4000) % 100)

@@ -1,15 +1,18 @@
 """The measuring half of the quickstart, on the tiny teacher, with features that cost nothing."""
 
 import json
+import shutil
 
 import pytest
+from tiny_text import amused_folder
 
 from distill.methods.dimo import DiMO
-from eval.comparison import Comparison
+from eval.comparison import CaptionComparison, Comparison
 from eval.evaluate import Reference
 from eval.tuning import Grid
 from students import OneStepPipeline, TokenInitialiser
-from teachers.data import DataConfig
+from teachers import MaskedDiffusionPipeline
+from teachers.data import DataConfig, load_data
 
 GRID = Grid((1.0, 0.5), (1.0, 1.5), (1, 2), num_tuning_images=20, num_report_images=30)
 
@@ -69,3 +72,29 @@ def test_what_another_run_measured_is_taken_over_if_it_was_as_careful(comparison
     theirs.output.mkdir()
     theirs.take_over(tmp_path / "same")
     assert theirs.teacher_rows.exists()
+
+
+def test_captions_are_measured_on_the_test_split_by_a_clip(pictures, clip_folder, tmp_path):
+    data = load_data(DataConfig(name=str(pictures), text_column="text", label_column="", num_channels=3))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        shutil.copy(pictures / "train.parquet", folder / f"{split}.parquet")
+    teacher = MaskedDiffusionPipeline.from_pretrained(amused_folder(tmp_path / "amused"))
+    student = OneStepPipeline(
+        teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher), teacher.text_encoder,
+        teacher.text_tokenizer,
+    )  # fmt: skip
+    about = DataConfig(name=str(folder), text_column="text", label_column="", num_channels=3)
+    comparison = CaptionComparison(tmp_path, about, GRID, seed=0, scoring_clip=clip_folder)
+    reference = comparison.reference()
+    assert comparison.prompts() == data.texts[:10]
+    comparison.measure_teacher(teacher, reference)
+    comparison.measure(teacher, student, reference)
+    assert "clip_score" in comparison.card_rows()[0]
+    comparison.timed_batch = 2
+    comparison.time(teacher, student)
+    summary = comparison.summarise(teacher, student, reference, method=DiMO, settings={}, seconds={"student": 1.0})
+    real = summary["real_test_images"]
+    assert real["clip_score"] > max(row["clip_score"] for row in (*summary["teacher"], summary["student"]))
+    assert "A row per prompt" in (tmp_path / "report.html").read_text()

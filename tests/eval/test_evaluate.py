@@ -65,7 +65,7 @@ class Fake:
     def __call__(self, images):
         return images
 
-    def judge(self, features, places):
+    def judge(self, features, rows):
         return {}
 
 
@@ -92,7 +92,7 @@ def test_tuning_can_ask_for_faithfulness_to_the_class(monkeypatch, least, chosen
     """Temperature 0.5 has the lowest distance, 1.0 the next, and half of its samples are of their class."""
 
     class Half(Fake):
-        def judge(self, features, places):
+        def judge(self, features, rows):
             return {"class_consistency": 0.5 if features[:, 0].mean() > 0.3 else 0.0}
 
     def fake_generate(pipeline, num_images, *, conditions, seed, description, temperature):

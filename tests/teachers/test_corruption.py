@@ -22,9 +22,9 @@ def test_every_position_is_equally_likely_to_be_masked():
 
 def test_corruption_changes_masked_tokens_only():
     tokens = torch.randint(0, 9, (6, 12))
-    corrupted, places = corrupt(tokens, torch.linspace(0.1, 1, 6), 9, torch.Generator().manual_seed(0))
+    corrupted, positions = corrupt(tokens, torch.linspace(0.1, 1, 6), 9, torch.Generator().manual_seed(0))
     mask = corrupted == 9
-    assert torch.equal(places, mask.flatten().nonzero()[:, 0])
+    assert torch.equal(positions, mask.flatten().nonzero()[:, 0])
     assert mask.sum(-1).tolist() == [1, 3, 6, 8, 10, 12]
     assert torch.equal(corrupted[~mask], tokens[~mask])
 

@@ -32,7 +32,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"auxiliary_samples": "fresh"}, {"adapter_rank": 2}], ids=str)
 def test_a_step_that_is_not_measured_reads_nothing_from_the_device(tmp_path, settings):
-    """What a host reads it waits for; and places of unknown number are counted once for an update, on the CPU."""
+    """What a host reads it waits for; and positions of unknown number are counted once for an update, on the CPU."""
     step = benchmark(tmp_path).ours(**settings)
     step()
     with Operations() as operations:
@@ -73,7 +73,7 @@ def test_adapters_need_a_fraction_of_the_memory_where_weights_dominate(tmp_path)
 
 
 def test_losses_of_both_orders_are_of_the_same_size():
-    """Equal hidden states give equal gradients: the baseline's of all places, ours of the masked ones."""
+    """Equal hidden states give equal gradients: the baseline's of all positions, ours of the masked ones."""
     path = LossPath(BATCH, GRID, CODEBOOK_SIZE, 8, 2.0)
     norms = []
     for call in (path.plain, path.ours):

@@ -61,7 +61,7 @@ class CriticMethod(Method):
         initial = self.initialiser(condition, generators)
         if "student" in update:
             probabilities = student(initial, condition).softmax(-1)
-            soft = probabilities @ self.teacher.embed(torch.arange(self.teacher.config.codebook_size))
+            soft = probabilities @ self.teacher.embed(torch.arange(self.initialiser.config.codebook_size))
             score = (copy.deepcopy(critic).requires_grad_(False) if self.apart else critic)(soft)
             return {"student": -score.mean()}, {"score": score.detach().mean()} if measured else {}
         with torch.no_grad():

@@ -124,6 +124,13 @@ def test_learners_have_no_dropout_and_keep_the_embeddings(teacher):
     assert all(parameter.requires_grad for parameter in make_learner(teacher.denoiser, False).parameters())
 
 
+def test_tokens_of_another_kind_are_refused(teacher):
+    DiMO.check(DiMOConfig(), teacher.denoiser)
+    teacher.denoiser.token_kind = "continuous"
+    with pytest.raises(ValueError, match="this teacher's are continuous"):
+        DiMO.check(DiMOConfig(), teacher.denoiser)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

@@ -53,8 +53,8 @@ def test_gradient_equals_autograd_for_any_beta(beta, seed):
 @pytest.mark.parametrize("beta", [0.0, -0.2])
 def test_compiled_or_not_the_gradient_is_the_same(beta, monkeypatch):
     monkeypatch.setattr(divergence, "CPU_CHUNK", 7 * 10)
-    for num_places in (25, 32):  # 10, 10 and 5 places; 10, 10, 10 and 2
-        teacher, auxiliary = torch.randn(2, num_places, 7)
+    for num_positions in (25, 32):  # 10, 10 and 5 of them; 10, 10, 10 and 2
+        teacher, auxiliary = torch.randn(2, num_positions, 7)
         expected = divergence_gradient(teacher, auxiliary, beta)
         gradient = divergence_gradient(teacher, auxiliary, beta, out=teacher, compiled=True)
         torch.testing.assert_close(gradient, expected)

@@ -1,4 +1,4 @@
-"""What every network does: gradient checkpointing, logits at some places alone, adapters, compiled blocks."""
+"""What every network does: gradient checkpointing, logits at some positions alone, adapters, compiled blocks."""
 
 import copy
 
@@ -75,7 +75,7 @@ def test_recomputed_activations_give_the_same_gradients(network):
 
 
 @torch.no_grad()
-def test_logits_at_some_places_are_those_of_all(network):
+def test_logits_at_some_positions_are_those_of_all(network):
     denoiser, condition, tokens = network
     mask = torch.rand(2, 16) < 0.3
     tokens[mask] = denoiser.mask_token_id
