@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import urllib.error
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from cleanfid.downloads_helper import check_download_inception
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
+
+from teachers.folder import file_digest
 
 WEIGHTS = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -49,8 +50,7 @@ class InceptionFeatures:
 
     def __init__(self, path: Path | None = None, device: torch.device | str = "cpu", mode: str = "clean"):
         weights = find_weights(path)
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(weights)
         if digest != SHA256:  # it is TorchScript: to open it is to run it
             raise ValueError(f"{weights} is refused: its SHA-256 is {digest}, that of the Inception weights {SHA256}")
         self.name = f"Inception (clean-fid, mode {mode}, images rounded to uint8; weights sha256 {digest})"

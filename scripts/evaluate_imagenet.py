@@ -8,7 +8,6 @@ Run it again to go on after an interruption, on any number of processes. The las
 """
 
 import argparse
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from eval.imagenet import measure, read_images, read_statistics
 from eval.inception import InceptionFeatures
 from eval.sampling import add_sampling_options, sampling_settings
 from students.loading import load_pipeline
+from teachers.folder import file_digest
 from teachers.pipeline import all_classes
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
@@ -88,14 +88,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for name, value in measures.items():
         print(f"{name:18}{value:10.3f}{PUBLISHED.get(name, ''):>12}")
     print(PUBLISHED_PROTOCOL)
-    protocol["statistics"] = f"{arguments.statistics.name}, sha256 {digest(arguments.statistics)}"
+    protocol["statistics"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
     protocol["versions"] = {name: version(name) for name in ("torch", "diffusers", "clean-fid")}
     print(json.dumps({**measures, "published": PUBLISHED, "protocol": protocol}))
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ It holds safetensors and JSON, and nothing that could run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from teachers.folder import new_file, sync
+from teachers.folder import file_digest, new_file, sync
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def verify_checkpoint(checkpoint: Path) -> int:
             raise ValueError(f"{checkpoint} lacks {name}")
         if path.stat().st_size != expected["size"]:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, but {expected['size']} were written")
-        if _sha256(path) != expected["sha256"]:
+        if file_digest(path) != expected["sha256"]:
             raise ValueError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
     return step
 
@@ -142,7 +141,7 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             sync(path)
-            files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     manifest = staging / MANIFEST
     manifest.write_text(_manifest(step, files))
     for path in (manifest, *(folder for folder in staging.rglob("*") if folder.is_dir()), staging):
@@ -156,11 +155,6 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
 
 def _manifest(step: int, files: dict[str, dict[str, int | str]]) -> str:
     return json.dumps({"step": step, "files": files}, indent=2)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def claim_output(output: Path, resume: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
+
+from teachers.folder import file_digest
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
@@ -86,12 +87,10 @@ def read_checkpoint(name: str) -> Checkpoint:
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     tensors = {_strip(key): value for key, value in content.items()}
     if len(tensors) < len(content):
         raise ValueError(f"{path} holds tensors whose names differ by nothing but the prefixes {', '.join(PREFIXES)}")
-    return Checkpoint(path, digest, tensors)
+    return Checkpoint(path, file_digest(path), tensors)
 
 
 def _strip(key: str) -> str:
