@@ -89,18 +89,14 @@ def test_the_one_step_student_samples_the_joint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"auxiliary_updates": 2, "auxiliary_learning_rate": 1e-3, "num_steps": 700},
-        {"auxiliary_learning_rate": 1e-3},
-    ],
-    ids=["rate x 10", "rate x 3.3, two updates", "rate x 3.3"],
+    [{}, {"auxiliary_learning_rate": 1e-3, "auxiliary_updates": 2, "num_steps": 700}],
+    ids=["ten times the rate", "two updates"],
 )
 def test_the_joint_from_four_starts(tmp_path, settings):
-    """An auxiliary that follows reaches the joint from each start; one that is slow loses its student from some."""
+    """An auxiliary that follows, by its rate or by two updates a step, leads the student to the joint from each."""
     errors = [distil(tmp_path / str(seed), seed, **settings)[1] for seed in range(4)]
     print("\n", settings, [round(error, 3) for error in errors])  # for docs/results.md: pytest -m slow -s
-    assert max(errors) < 0.1 or settings == {"auxiliary_learning_rate": 1e-3}
+    assert max(errors) < 0.1
 
 
 def samples_of_the_joint():
