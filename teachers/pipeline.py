@@ -116,7 +116,7 @@ class TokenPipeline(DiffusionPipeline):
 
     @property
     def condition_kind(self) -> ConditionKind:
-        """ "classes", "text" or "none"."""
+        """The denoiser's: "classes", "text" or "none"."""
         return self.denoiser.condition_kind
 
     @property
