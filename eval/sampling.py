@@ -22,5 +22,5 @@ def sampling_settings(pipeline: TokenPipeline, options: argparse.Namespace) -> d
     if isinstance(pipeline, MaskedDiffusionPipeline):
         return settings | of_a_teacher
     if given := [name for name, value in of_a_teacher.items() if value is not None]:
-        raise ValueError(f"{' and '.join(given)} are of a teacher, and this is a one-step student")
+        raise ValueError(f"{' and '.join(given)}: for teachers alone, and this is a one-step student")
     return settings
