@@ -28,8 +28,9 @@ class StopRequest:
         """The same on all processes, which all call it, so that they leave together."""
         if self._made:
             self._accelerator.set_trigger()
-        self._made = self._accelerator.check_trigger()
-        return self._made
+        stop = self._accelerator.check_trigger()
+        self._made |= stop  # never taken back: a signal that came meanwhile is for the next time
+        return stop
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:

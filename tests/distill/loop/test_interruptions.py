@@ -9,6 +9,7 @@ import torch
 from student_runs import furthest
 
 from distill.loop import trainer as trainer_module
+from distill.loop.signals import StopRequest
 from distill.methods.dimo import DiMO
 
 
@@ -192,3 +193,20 @@ def test_an_alarm_warns_once_it_lasts_and_stops_when_asked(run, monkeypatch, cap
 def test_a_healthy_run_sounds_no_alarm(run, caplog):
     run("run")
     assert not caplog.records
+
+
+def test_a_request_that_comes_while_processes_agree_is_not_lost():
+    class Busy:
+        triggered = False
+
+        def set_trigger(self):
+            self.triggered = True
+
+        def check_trigger(self):
+            answer, self.triggered = self.triggered, False
+            stop.make()  # a signal, in the middle of it
+            return answer
+
+    stop = StopRequest(Busy())
+    assert not stop.is_made()
+    assert stop.is_made()
