@@ -56,7 +56,7 @@ def _made(folder: Path) -> Path:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once it is on the disk; after an error all is as it was."""
-    staging = path.with_name(f".{path.name}.staging")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.staging")
     try:
         yield staging
         sync(staging)

@@ -1,0 +1,37 @@
+"""Work that processes share through the file system: nobody waits at a barrier, and nobody has to come back."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def each_once(results: Iterable[Path]) -> Iterator[Path]:
+    """Those of the files (or folders) that are not there, each for this process to make, while it holds their lock.
+
+    Any number of processes may go through the same list: each takes what nobody is at. When it has been through, it
+    waits for those that others are at, however long that takes, and makes what a process that died has left. Once the
+    loop is over, all are there.
+
+    A file system without locks costs work that is done twice, no more: results are renamed into place whole.
+    """
+    for waits in (False, True):
+        for result in results:
+            if result.exists():
+                continue
+            result.parent.mkdir(parents=True, exist_ok=True)
+            with result.with_name(f".{result.name}.lock").open("w") as lock:
+                if _locked(lock.fileno(), waits) and not result.exists():
+                    yield result
+
+
+def _locked(file: int, waits: bool) -> bool:
+    """Whether this process has the lock, which it loses with the file; of a system that knows none, all have it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
