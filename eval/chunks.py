@@ -1,4 +1,7 @@
-"""Features of very many images, in chunks that are kept: what an interruption leaves is not made again."""
+"""Features of very many images, in chunks that are kept: what an interruption leaves is not made again.
+
+Processes share them through the folder alone: each takes what nobody is at, and none waits for another but at the end.
+"""
 
 from __future__ import annotations
 
@@ -10,67 +13,72 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from teachers.conditions.condition import Conditions
+from eval.evaluate import Batch, generate
 from teachers.folder import new_file
 from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
-from teachers.randomness import sample_generators
+from teachers.sharing import each_once
 
-CHUNK_SIZE = 500
+CHUNK_SIZE, REAL_CHUNK_SIZE = 100, 1000  # images: what an interruption costs at most; real ones are quickly seen
 
 
 def claim(folder: Path, protocol: dict[str, Any]) -> None:
     """Make the folder this evaluation's, or see that it is; features of other images are a ValueError."""
     path = folder / "protocol.json"
-    if path.is_file():
-        if json.loads(path.read_text()) != json.loads(json.dumps(protocol)):
-            raise ValueError(f"{folder} holds an evaluation with other settings ({path}); name another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    is_empty = all(found.name.startswith(".") for found in folder.glob("*"))  # but for what processes leave in passing
+    if not is_empty and not path.is_file():
         raise ValueError(f"the output folder {folder} is not empty; name another one or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(protocol, indent=2))
-
-
-@torch.no_grad()
-def write_chunks(
-    pipeline: TokenPipeline,
-    conditions: Conditions,
-    extract: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-    folder: Path,
-    num_images: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 50,
-    process: int = 0,
-    num_processes: int = 1,
-    **settings,
-) -> None:
-    """Generate this process's share of the images and keep what is extracted from them; what is there stays.
-
-    Images go round the conditions, and each has a generator of its own: any number of processes, and any interruption,
-    give the same images.
-    """
-    chunks = range(-(-num_images // CHUNK_SIZE))[process::num_processes]
-    for chunk in progress_bar(chunks, desc="images", unit="chunk", disable=process > 0):
-        path = folder / f"chunk-{chunk:05d}.safetensors"
-        if path.is_file():
-            continue
-        numbers = torch.arange(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, num_images))
-        found = []
-        for part in numbers.split(batch_size):
-            generator = sample_generators("generate", seed, places=part.tolist())
-            condition = conditions.condition(part % len(conditions), pipeline.device)
-            images = pipeline(condition=condition, generator=generator, output_type="pt", **settings).images
-            found.append(extract(images))
+    for _ in each_once([path]):
         with new_file(path) as staging:
-            save_file({name: torch.cat([part[name] for part in found]).float() for name in found[0]}, staging)
+            staging.write_text(json.dumps(protocol, indent=2))
+    if json.loads(path.read_text()) != json.loads(json.dumps(protocol)):
+        raise ValueError(f"{folder} holds an evaluation with other settings ({path}); name another folder")
 
 
-def read_chunks(folder: Path, num_images: int) -> dict[str, torch.Tensor]:
-    """What was extracted, each (num_images, ...); a ValueError where it is not of so many images."""
-    chunks = [load_file(path) for path in sorted(folder.glob("chunk-*.safetensors"))]
-    found = {name: torch.cat([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
-    num_found = len(next(iter(found.values()), ()))
-    if num_found != num_images:
-        raise ValueError(f"{folder} holds the features of {num_found} images, not of {num_images}")
-    return found
+def write_chunks(
+    folder: Path,
+    name: str,
+    num_images: int,
+    make: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    chunk_size: int = CHUNK_SIZE,
+    is_shown: bool = True,
+) -> None:
+    """Have all chunks of this name in the folder, each what `make` gives for the numbers (n,) of its images.
+
+    What is there stays. When it returns all are there, also those of other processes, and of some that have died.
+    """
+    paths = _paths(folder, name, num_images, chunk_size)
+    missing = sum(not path.exists() for path in paths)
+    for path in progress_bar(each_once(paths), total=missing, desc=name, unit="chunk", disable=not is_shown):
+        with new_file(path) as staging:
+            save_file(make(paths[path]), staging)
+
+
+def read_chunks(folder: Path, name: str, num_images: int, chunk_size: int = CHUNK_SIZE) -> dict[str, torch.Tensor]:
+    """What `write_chunks` had made, each (num_images, ...)."""
+    chunks = [load_file(path) for path in _paths(folder, name, num_images, chunk_size)]
+    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def _paths(folder: Path, name: str, num_images: int, chunk_size: int) -> dict[Path, torch.Tensor]:
+    numbers = torch.arange(num_images).split(chunk_size)
+    return {folder / f"{name}-{number:05d}.safetensors": part for number, part in enumerate(numbers)}
+
+
+def from_images(
+    pipeline: TokenPipeline, extract: Callable[[torch.Tensor], dict[str, torch.Tensor]], **settings
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """What to `make` of generated images: what is extracted of them (B, C, H, W), their "rows" and "nfe".
+
+    The settings are those of `generate`.
+    """
+
+    def of_batch(batch: Batch) -> dict[str, torch.Tensor]:
+        nfe = torch.full(batch.rows.shape, batch.nfe, dtype=torch.float64)
+        return extract(batch.images) | {"rows": batch.rows, "nfe": nfe}
+
+    def make(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = [of_batch(batch) for batch in generate(pipeline, numbers, **settings)]
+        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+    return make

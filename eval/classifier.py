@@ -12,11 +12,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from teachers.component import weights_digest
 from teachers.data import NO_CLASS, DataConfig, ImageData
 from teachers.folder import renewed_folder
 from teachers.progress import progress_bar
+from teachers.sharing import each_once
 
 FEATURE_SIZE = 64
+MAX_KEPT = 2**26  # numbers of training images that are kept in memory (256 MiB); of more, what is drawn is read
 
 
 class Classifier(ModelMixin, ConfigMixin):
@@ -58,7 +61,10 @@ class ClassifierFeatures:
     def __init__(self, classifier: Classifier, test_accuracy: float, data: str):
         self.classifier = classifier.eval().requires_grad_(False)
         self.test_accuracy = test_accuracy
-        self.name = f"{FEATURE_SIZE}-d features of a small classifier of {data} (test accuracy {test_accuracy:.3f})"
+        self.name = (
+            f"{FEATURE_SIZE}-d features of a small classifier of {data} (test accuracy {test_accuracy:.3f}, weights "
+            f"{weights_digest(classifier)[:12]})"
+        )
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -75,42 +81,61 @@ class ClassifierFeatures:
         return {"class_consistency": (predicted == rows).double().mean().item()}
 
     @classmethod
-    def cached(cls, folder: Path, config: DataConfig, train: ImageData, test: ImageData) -> ClassifierFeatures:
-        """The classifier in the folder if it was trained on this data; else train one and keep it there."""
+    def cached(
+        cls,
+        folder: Path,
+        config: DataConfig,
+        train: ImageData,
+        test: ImageData,
+        device: torch.device | str = "cpu",
+    ) -> ClassifierFeatures:
+        """The classifier in the folder if it was trained on this data; else one is trained and kept there, by one of
+        the processes that want it."""
         description = folder / "training.json"
         wanted = {key: value for key, value in asdict(config).items() if key != "split"}
-        if description.is_file():
-            known = json.loads(description.read_text())
-            if known["data"] == wanted:
-                return cls(Classifier.from_pretrained(folder), known["test_accuracy"], config.name)
-        classifier, accuracy = train_classifier(train, test)
-        description.unlink(missing_ok=True)  # first and last: never beside weights that it does not describe
-        with renewed_folder(folder) as staging:  # runs side by side share it
-            classifier.save_pretrained(staging)
-            (staging / description.name).write_text(json.dumps({"data": wanted, "test_accuracy": accuracy}, indent=2))
-        return cls(classifier, accuracy, config.name)
+        if description.is_file() and json.loads(description.read_text())["data"] != wanted:
+            description.unlink(missing_ok=True)  # first and last: never beside weights that it does not describe
+        for _ in each_once([description]):
+            classifier, accuracy = train_classifier(train, test, device)
+            with renewed_folder(folder) as staging:
+                classifier.save_pretrained(staging)
+                about = {"data": wanted, "test_accuracy": accuracy}
+                (staging / description.name).write_text(json.dumps(about, indent=2))
+        accuracy = json.loads(description.read_text())["test_accuracy"]
+        return cls(Classifier.from_pretrained(folder).to(device), accuracy, config.name)
 
 
 def train_classifier(
-    train: ImageData, test: ImageData, *, num_steps: int = 600, batch_size: int = 128, seed: int = 0
+    train: ImageData,
+    test: ImageData,
+    device: torch.device | str = "cpu",
+    *,
+    num_steps: int = 600,
+    batch_size: int = 128,
+    seed: int = 0,
 ) -> tuple[Classifier, float]:
     """A classifier trained with small random shifts, and its accuracy on the test images."""
-    images, labels = train.images(), train.labels
+    num_channels, height, width = train[0][0].shape
+    kept = train.images() if len(train) * num_channels * height * width <= MAX_KEPT else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(images.shape[1], train.num_classes).train()
+        classifier = Classifier(num_channels, train.num_classes).to(device).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
         for _ in progress_bar(range(num_steps), desc="classifier", unit="step"):
-            rows = torch.randint(len(images), (batch_size,))
-            shifted = _shift(images[rows], *torch.randint(-1, 2, (2,)).tolist())
-            F.cross_entropy(classifier(shifted), labels[rows]).backward()
+            rows = torch.randint(len(train), (batch_size,))
+            if kept is not None:
+                images = kept[rows]
+            else:
+                images = torch.stack([image for image, _ in train.__getitems__(rows.tolist())])
+            shifted = _shift(images.to(device), *torch.randint(-1, 2, (2,)).tolist())
+            F.cross_entropy(classifier(shifted), train.labels[rows].to(device)).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     classifier.eval()
     with torch.no_grad():
-        predicted = torch.cat([classifier(part).argmax(-1) for part in test.batches()])
+        predicted = torch.cat([classifier(part.to(device)).argmax(-1).cpu() for part in test.batches()])
     return classifier, (predicted == test.labels).float().mean().item()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,19 +19,20 @@ BATCH_SIZE = 256
 class ClipFeatures:
     """A CLIP of transformers, by hub id or folder: embeddings of images, which are features too, and of captions.
 
-    With captions (M) it judges embeddings of images made from them.
+    With captions (M) it judges embeddings of images made from them; those in use are embedded, each once.
     """
 
     distance_names = ("fd", "kd")
 
-    def __init__(self, model: CLIPModel, processor: CLIPProcessor, name: str, captions: list[str] | None = None):
+    def __init__(self, model: CLIPModel, processor: CLIPProcessor, name: str, captions: Sequence[str] | None = None):
         self.model, self.processor = model.eval(), processor
         self.name = f"image embeddings of the CLIP {name} (weights {weights_digest(model)[:12]})"
-        self.captions, self.num_cut = (None, 0) if captions is None else self.embed_captions(captions)
+        self.captions = captions
+        self._embedded: dict[str, torch.Tensor] = {}
 
     @classmethod
     def load(
-        cls, name: str | Path, captions: list[str] | None = None, device: torch.device | str = "cpu"
+        cls, name: str | Path, captions: Sequence[str] | None = None, device: torch.device | str = "cpu"
     ) -> ClipFeatures:
         """Raises FileNotFoundError if there is none."""
         try:
@@ -51,21 +53,30 @@ class ClipFeatures:
         return torch.cat(embeddings)
 
     @torch.no_grad()
-    def embed_captions(self, captions: list[str]) -> tuple[torch.Tensor, int]:
-        """Captions -> embeddings (N, P) of length one, and how many of the captions were cut."""
-        tokens, num_cut = tokenize(self.processor.tokenizer, clean_prompts(captions))
-        embeddings = []
-        for part in tokens.to(self.model.device).split(BATCH_SIZE):
-            text = self.model.text_model(part)
-            embeddings.append(self.model.text_projection(text.pooler_output).float().cpu())
-        return F.normalize(torch.cat(embeddings), dim=-1), num_cut
+    def embed_captions(self, captions: list[str]) -> torch.Tensor:
+        """Captions -> embeddings (N, P) of length one."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._embedded]
+        for start in range(0, len(new), BATCH_SIZE):
+            part = new[start : start + BATCH_SIZE]
+            tokens, _ = tokenize(self.processor.tokenizer, clean_prompts(part))
+            text = self.model.text_model(tokens.to(self.model.device))
+            embeddings = self.model.text_projection(text.pooler_output).float().cpu()
+            self._embedded |= zip(part, F.normalize(embeddings, dim=-1), strict=True)
+        return torch.stack([self._embedded[caption] for caption in captions])
+
+    def num_cut(self) -> int:
+        """How many of its captions are longer than what the CLIP sees of them."""
+        return tokenize(self.processor.tokenizer, clean_prompts(list(self.captions or [])))[1]
 
     def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         """CLIP score and retrieval accuracy of image embeddings (N, P) of the captions in `rows` (N,)."""
         if self.captions is None:
             return {}
-        accuracy = retrieval_accuracy(features, self.captions, rows)
-        return clip_score(features, self.captions[rows]) | {"retrieval_accuracy": accuracy}
+        captions = [self.captions[row] for row in rows.tolist()]
+        place = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+        distinct, own = self.embed_captions(list(place)), torch.tensor([place[caption] for caption in captions])
+        accuracy = retrieval_accuracy(features, distinct, own)
+        return clip_score(features, distinct[own]) | {"retrieval_accuracy": accuracy}
 
 
 def clip_score(images: torch.Tensor, captions: torch.Tensor) -> dict[str, float]:
@@ -82,10 +93,25 @@ def retrieval_accuracy(
 ) -> float:
     """How often an image embedding (N, P) is closest to its own caption, in `rows` (N,) of the captions (M, P), among
     that and `num_captions` - 1 different ones, drawn with a fixed seed."""
-    num_captions = min(num_captions, len(captions))
     generator = torch.Generator().manual_seed(0)
-    others = torch.rand(len(images), len(captions), generator=generator)
-    others[torch.arange(len(images)), rows] = -1  # comes first
-    candidates = others.argsort(-1)[:, :num_captions]
-    similarity = torch.einsum("np,nkp->nk", F.normalize(images, dim=-1), captions[candidates])
-    return (similarity.argmax(-1) == 0).double().mean().item()
+    others = draw_others(rows, len(captions), min(num_captions, len(captions)) - 1, generator)
+    candidates = torch.cat([rows[:, None], others], dim=1)
+    num_right = 0
+    for part, drawn in zip(images.split(BATCH_SIZE), candidates.split(BATCH_SIZE), strict=True):
+        similarity = torch.einsum("np,nkp->nk", part, captions[drawn])
+        num_right += int((similarity.argmax(-1) == 0).sum())
+    return num_right / len(images)
+
+
+def draw_others(own: torch.Tensor, num_rows: int, num_drawn: int, generator: torch.Generator) -> torch.Tensor:
+    """For each of the rows (N,) so many different other ones (N, num_drawn), all sets of them equally likely.
+
+    By Floyd's algorithm, which never lists all rows.
+    """
+    drawn = torch.empty(len(own), num_drawn, dtype=torch.long)
+    for place in range(num_drawn):
+        last = num_rows - 1 - num_drawn + place
+        number = torch.randint(last + 1, own.shape, generator=generator)
+        is_there = (drawn[:, :place] == number[:, None]).any(1)
+        drawn[:, place] = torch.where(is_there, last, number)
+    return drawn + (drawn >= own[:, None])  # past one's own

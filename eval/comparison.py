@@ -12,7 +12,7 @@ import torch
 
 from eval.clip_score import ClipFeatures
 from eval.evaluate import Reference, generate
-from eval.monitor import real_images, reference_for
+from eval.real import embed, make_features, make_reference
 from eval.report import quality_plot, side_by_side, text_column, write_report
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid, tune_and_measure
@@ -20,6 +20,7 @@ from students.export import Credits, image_grid
 from students.pipeline import OneStepPipeline
 from teachers.conditions.condition import Conditions
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
+from teachers.cost import machine
 from teachers.data import DataConfig, load_data
 from teachers.folder import new_file
 from teachers.guidance import check_guidance
@@ -73,8 +74,9 @@ class Comparison:
             if rows.exists() and json.loads(rows.read_text())["grid"] == self._grid_as_json():
                 shutil.copy(rows, self.teacher_rows)
 
-    def reference(self) -> Reference:
-        return reference_for(self.data, self.classifier)
+    def reference(self, device: torch.device | str = "cpu") -> Reference:
+        """What images are compared with, seen through features on the device."""
+        return make_reference(make_features(self.data, self.classifier, device=device), self.data)
 
     def conditions(self, pipeline: TokenPipeline) -> Conditions:
         """What images are made from, to be measured."""
@@ -168,8 +170,9 @@ class Comparison:
         summary["speedup_vs_best_teacher"] = summary["student"]["images_per_second"] / best["images_per_second"]
         summary["wall_seconds"] = seconds | {"total": sum(seconds.values())}
         summary["protocol"] = self.protocol() | {
+            "Speed": self.speed_protocol(student.device),
             "Features": reference.features.name,
-            "Real images": f"{len(reference.real_features)} of {self.data.name}",
+            "Real images": reference.source,
         }
 
         title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
@@ -193,8 +196,7 @@ class Comparison:
         pictures = {}
         for name, (pipeline, settings) in candidates.items():
             conditions = all_classes(pipeline)
-            images, _, _ = generate(pipeline, 8 * len(conditions), conditions=conditions, **settings)
-            pictures[name] = image_grid(images, len(conditions))
+            pictures[name] = image_grid(_images(pipeline, 8 * len(conditions), conditions, settings), len(conditions))
         return pictures
 
     def protocol(self) -> dict[str, str]:
@@ -206,11 +208,16 @@ class Comparison:
             f"FD on another draw of {grid.num_tuning_images} images; the student's temperature on one of "
             f"{grid.num_report_images}, from those whose {self.faithfulness.replace('_', ' ')} is not below that of "
             f"the teacher's best setting{f' by more than {self.allowance}' if self.allowance else ''}, unless none is.",
-            "Speed": f"median of 7 interleaved rounds, images decoded, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}, {'GPU' if torch.cuda.is_available() else 'CPU'}; images per second at batch "
-            f"{self.timed_batch}.",
             "Seed": str(self.seed),
         }
+
+    def speed_protocol(self, device: torch.device) -> str:
+        """How images per second were counted, on the device that the pipelines are on."""
+        about = machine(device)
+        return (
+            f"median of 7 interleaved rounds, images decoded, {about['threads']} threads, torch {about['torch']}, "
+            f"{about['device'] if device.type == 'cuda' else 'CPU'}; images per second at batch {self.timed_batch}."
+        )
 
     def _grid_as_json(self) -> Any:
         return json.loads(json.dumps(asdict(self.grid)))
@@ -228,8 +235,8 @@ class CaptionComparison(Comparison):
         self.test_data = replace(data, split="test")
         self.captions = PromptConfig(data.name, "test", data.text_column)
 
-    def reference(self) -> Reference:
-        return Reference(ClipFeatures.load(self.scoring_clip, load_prompts(self.captions)), real_images(self.data))
+    def reference(self, device: torch.device | str = "cpu") -> Reference:
+        return make_reference(ClipFeatures.load(self.scoring_clip, load_prompts(self.captions), device), self.data)
 
     def conditions(self, pipeline: TokenPipeline) -> Conditions:
         return Prompts(pipeline, load_prompts(self.captions))
@@ -245,8 +252,8 @@ class CaptionComparison(Comparison):
         **about: Any,
     ) -> dict[str, Any]:
         """Beside the rest, what the real images of the test split measure."""
-        images = real_images(self.test_data)
-        real = reference.measure(images, torch.arange(len(images))) | {"nfe": 0, "settings": {}}
+        found = embed(reference.features, load_data(self.test_data))["features"]
+        real = reference.measure(found, torch.arange(len(found))) | {"nfe": 0, "settings": {}}
         measured = json.loads(self.measurements.read_text())
         _write(self.measurements, measured | {"real_test_images": real})
         return super().summarise(teacher, student, reference, **about)
@@ -254,10 +261,11 @@ class CaptionComparison(Comparison):
     def samples(self, candidates: dict[str, tuple[TokenPipeline, dict[str, Any]]]) -> dict[str, Any]:
         """The first prompts of the test split, their own images, and four of each candidate."""
         prompts, num_images = load_prompts(self.captions)[:12], 4
-        pictures = {"Test image": image_grid(load_data(self.test_data).images()[: len(prompts)], 1)}
+        first = load_data(self.test_data).subset(list(range(len(prompts))))
+        pictures = {"Test image": image_grid(first.images(), 1)}
         for name, (pipeline, settings) in candidates.items():
             repeated = [prompt for prompt in prompts for _ in range(num_images)]
-            images, _, _ = generate(pipeline, len(repeated), conditions=Prompts(pipeline, repeated), **settings)
+            images = _images(pipeline, len(repeated), Prompts(pipeline, repeated), settings)
             pictures[name] = image_grid(images, num_images)
         texts = text_column(prompts, pictures["Test image"].height // len(prompts))
         return {"Prompts of the test split": side_by_side({"": texts, **pictures})}
@@ -268,6 +276,12 @@ def untrained(teacher: MaskedDiffusionPipeline, student: OneStepPipeline) -> One
     return OneStepPipeline(
         teacher.denoiser, teacher.tokenizer, student.initialiser, teacher.text_encoder, teacher.text_tokenizer
     )
+
+
+def _images(pipeline: TokenPipeline, num_images: int, conditions: Conditions, settings: dict[str, Any]) -> torch.Tensor:
+    """Images for a picture, (N, C, H, W)."""
+    batches = generate(pipeline, torch.arange(num_images), conditions=conditions, **settings)
+    return torch.cat([batch.images.cpu() for batch in batches])
 
 
 def _write(path: Path, content: Any) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+PART, MAX_PAIRS = 2048, 2**24  # samples, and pairs of them, worked on at a time: 128 MiB of pairs
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -22,8 +24,12 @@ class Gaussian:
         """The moments of features (N, D); N must be at least 2."""
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
-        features = features.double()
-        return cls(features.mean(0), torch.atleast_2d(features.T.cov()))
+        mean, num_dimensions = features.mean(0, dtype=torch.float64), features.shape[1]
+        products = torch.zeros(num_dimensions, num_dimensions, dtype=torch.float64)
+        for part in features.split(PART):
+            centred = part.double() - mean
+            products += centred.T @ centred
+        return cls(mean, products / (len(features) - 1))
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -46,7 +52,7 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """
 
     def kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total = sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(2048))
+        total = sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(_num_rows(y)))
         diagonal = ((x.square().sum(-1) / x.shape[1] + 1) ** 3).sum()
         return torch.as_tensor(total), diagonal
 
@@ -65,7 +71,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     real_radius, generated_radius = _kth_distance(real, k), _kth_distance(generated, k)
     in_real_ball = torch.zeros(len(generated), dtype=torch.long)  # how many real balls hold a generated sample
     recalled = covered = 0
-    for part, radius in zip(real.split(2048), real_radius.split(2048), strict=True):
+    num_rows = _num_rows(generated)
+    for part, radius in zip(real.split(num_rows), real_radius.split(num_rows), strict=True):
         distance = torch.cdist(part, generated)
         inside = distance <= radius[:, None]
         in_real_ball += inside.sum(0)
@@ -91,5 +98,10 @@ def inception_score(probabilities: torch.Tensor, num_splits: int = 10) -> float:
 
 def _kth_distance(features: torch.Tensor, k: int) -> torch.Tensor:
     """The distance from each sample to its k-th nearest other, (N,)."""
-    parts = [torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(2048)]
-    return torch.cat(parts)
+    parts = features.split(_num_rows(features))
+    return torch.cat([torch.cdist(part, features).topk(k + 1, largest=False).values[:, k] for part in parts])
+
+
+def _num_rows(others: torch.Tensor) -> int:
+    """How many samples to pair with all others (N, D) at a time."""
+    return max(1, MAX_PAIRS // len(others))

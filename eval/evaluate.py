@@ -1,14 +1,14 @@
-"""Measure a pipeline: generate, take features, compare with real images."""
+"""Measure a pipeline: generate, take features, compare with those of real images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
+from distill.loop.host import gather_on_host
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
 from teachers.conditions.condition import Conditions
 from teachers.data import NO_CLASS
@@ -17,10 +17,11 @@ from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
 
 MAX_NEIGHBOURS = 10_000
+MAX_TOKENS, MAX_PIXELS = 2**16, 2**26  # of a batch on a GPU; the pixels, of all channels, are 256 MiB
 
 
 class Features(Protocol):
-    """A feature network: images (N, C, H, W) in [0, 1] -> features (N, D).
+    """A feature network: images (N, C, H, W) in [0, 1], on any device -> features (N, D) on the CPU.
 
     It also judges how true features are to the conditions of the images, given their rows (N,), if it knows those.
     """
@@ -33,95 +34,106 @@ class Features(Protocol):
     def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]: ...
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Generated images (B, C, H, W), float32 in [0, 1], the rows (B,) of their conditions, and the NFE per image."""
+
+    images: torch.Tensor
+    rows: torch.Tensor
+    nfe: float
+
+
+def batch_size_for(pipeline: TokenPipeline) -> int:
+    """How many images to generate at a time."""
+    if pipeline.device.type == "cpu":  # of more tokens the activations leave the caches
+        return max(1, 2048 // pipeline.sequence_length)
+    height, width = pipeline.tokenizer.config.image_size
+    return max(1, min(MAX_TOKENS // pipeline.sequence_length, MAX_PIXELS // (3 * height * width)))
+
+
 def generate(
     pipeline: TokenPipeline,
-    num_images: int,
+    numbers: torch.Tensor,
     *,
     conditions: Conditions | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     description: str | None = None,
-    process: int = 0,
-    num_processes: int = 1,
-    heartbeat: Callable[[], None] = lambda: None,
     **settings,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Images (N, C, H, W), the rows (N,) of the conditions they are of, and the NFE per image.
-
-    Of several processes each gets every `num_processes`-th image, from its own number on.
+) -> Iterator[Batch]:
+    """The images of these numbers (N,), a batch at a time.
 
     They go round the conditions: of a class-conditional pipeline by default all classes, whose rows are the labels; of
     an unconditional one they are `NO_CLASS`.
 
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing but
-    the time. `heartbeat` is called before each batch, equally often on every process.
+    the time.
     """
-    if batch_size is None:  # of more tokens the activations leave the caches of a CPU
-        batch_size = max(1, 2048 // pipeline.sequence_length) if pipeline.device.type == "cpu" else 500
     conditions = all_classes(pipeline) if conditions is None else conditions
-    numbers = torch.arange(num_images)[process::num_processes]
-    images, evaluations = [], 0.0
-    starts = range(0, -(-num_images // num_processes), batch_size)
-    for start in progress_bar(starts, desc=description, disable=description is None, unit="batch", leave=False):
-        heartbeat()
-        chosen = numbers[start : start + batch_size]
-        if len(chosen) == 0:
-            continue
-        generators = sample_generators("generate", seed, places=chosen.tolist())
-        condition = conditions.condition(chosen % len(conditions), pipeline.device)
-        output = pipeline(condition=condition, generator=generators, output_type="pt", **settings)
-        images.append(output.images.cpu())
-        evaluations += output.nfe * len(chosen)
-    rows = numbers % len(conditions) if pipeline.condition_kind != "none" else torch.full_like(numbers, NO_CLASS)
-    return torch.cat(images), rows, evaluations / len(numbers)
+    parts = numbers.split(batch_size or batch_size_for(pipeline))
+    for part in progress_bar(parts, desc=description, disable=description is None, unit="batch", leave=False):
+        rows = part % len(conditions)
+        output = pipeline(
+            condition=conditions.condition(rows, pipeline.device),
+            generator=sample_generators("generate", seed, places=part.tolist()),
+            output_type="pt",
+            **settings,
+        )
+        rows = rows if pipeline.condition_kind != "none" else torch.full_like(rows, NO_CLASS)
+        yield Batch(output.images.float(), rows, output.nfe)
+
+
+def generate_features(
+    pipeline: TokenPipeline, features: Features, num_images: int, **settings
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Features (N, D) of images that `generate` makes, the rows (N,) of their conditions, and the NFE per image."""
+    found, rows, evaluations = [], [], 0.0
+    for batch in generate(pipeline, torch.arange(num_images), **settings):
+        found.append(features(batch.images))
+        rows.append(batch.rows)
+        evaluations += batch.nfe * len(batch.rows)
+    return torch.cat(found), torch.cat(rows), evaluations / num_images
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """What was computed of the images of each process (N_p, ...), of all of them (N, ...) and in their order."""
-    num_processes = PartialState().num_processes
-    if num_processes == 1:
-        return rows
-    parts = gather_object([rows])
+    """The rows of all processes, each of which has every `num_processes`-th of them, in order."""
+    parts = gather_on_host(rows)
     whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
     for process, part in enumerate(parts):
-        whole[process::num_processes] = part
+        whole[process :: len(parts)] = part
     return whole
 
 
 class Reference:
-    """The real images that generated ones are compared with."""
+    """What generated images are compared with: the features (N, D) of real ones; `source` says which these are."""
 
-    def __init__(self, features: Features, images: torch.Tensor):
-        self.features = features
-        self.real_features = features(images)
-        self.gaussian = Gaussian.fit(self.real_features)
-        # Kernel distance and neighbours are over all pairs: of many real images, a part that is spread over them.
-        self.neighbours = self.real_features[:: -(-len(images) // MAX_NEIGHBOURS)]
+    def __init__(self, features: Features, real_features: torch.Tensor, source: str):
+        self.features, self.real_features, self.source = features, real_features, source
+        self.gaussian = Gaussian.fit(real_features)
+        # Kernel distance and neighbours are over all pairs: of many real images, a part that is spread over them; of
+        # generated ones, which go round the conditions, the first.
+        self.neighbours = real_features[:: -(-len(real_features) // MAX_NEIGHBOURS)]
 
-    def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Fréchet and kernel distance, precision, recall, density, coverage, and how true the images are to their
-        conditions: class consistency, or CLIP score and retrieval accuracy."""
-        generated = self.features(images)
+    def measure(self, generated: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+        """Of features (N, D) and the rows (N,) of their conditions: what `judge` measures, kernel distance, precision,
+        recall, density, coverage."""
         _, kernel_name = self.features.distance_names
+        first = generated[:MAX_NEIGHBOURS]
         return {
-            **self.judge(generated, labels),
-            kernel_name: kernel_distance(self.neighbours, generated),
-            **precision_recall(self.neighbours, generated),
+            **self.judge(generated, rows),
+            kernel_name: kernel_distance(self.neighbours, first),
+            **precision_recall(self.neighbours, first),
         }
 
-    def distance(self, images: torch.Tensor) -> float:
-        """The Fréchet distance alone."""
-        return frechet_distance(self.gaussian, Gaussian.fit(self.features(images)))
-
-    def quick(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """The Fréchet distance, and how true the images are to their conditions, alone."""
-        return self.judge(self.features(images), labels)
-
-    def judge(self, generated: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """What `quick` measures, of features."""
+    def judge(self, generated: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+        """Fréchet distance, and how true the images are to their conditions: class consistency, or CLIP score and
+        retrieval accuracy."""
         frechet_name, _ = self.features.distance_names
-        distance = frechet_distance(self.gaussian, Gaussian.fit(generated))
-        return {frechet_name: distance, **self.features.judge(generated, labels)}
+        return {frechet_name: self.distance(generated), **self.features.judge(generated, rows)}
+
+    def distance(self, generated: torch.Tensor) -> float:
+        """The Fréchet distance alone."""
+        return frechet_distance(self.gaussian, Gaussian.fit(generated))
 
     def split_half_distance(self, seed: int = 0) -> float:
         """Fréchet distance between two random halves of the real images: what so few samples show of no difference."""

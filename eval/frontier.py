@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eval.evaluate import Reference
@@ -202,16 +203,15 @@ def write_frontier(
     folder: Path,
     reference: Reference,
     grid: Grid,
-    data: str,
     speed_batch_size: int,
-    device: Any,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Write the rows of `measure_frontier` as frontier.html, .png, .csv and .json; the summary that is in the last."""
     distance = reference.features.distance_names[0]
     best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])
     student = rows[0]
     protocol = {
-        "Images": f"{grid.num_report_images} for every row, against {len(reference.real_features)} of {data}; "
+        "Images": f"{grid.num_report_images} for every row, against {reference.source}; "
         f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
         "Features": reference.features.name,
         "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {speed_batch_size}, images decoded; "

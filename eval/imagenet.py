@@ -3,59 +3,85 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import torch
 
-from eval.chunks import read_chunks
 from eval.distances import Gaussian, frechet_distance, inception_score, precision_recall
+from eval.inception import FEATURE_SIZE
 
 
 def read_statistics(path: Path) -> Gaussian:
-    """Mean and covariance of real features, from the `mu` and `sigma` of an .npz file; nothing in it is run."""
-    arrays = _open_npz(path)
+    """Mean and covariance of real Inception features, from `mu` and `sigma` of an .npz file; nothing in it is run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; expected statistics as ADM publishes them")
     mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit each other")
+    if mean.shape != (FEATURE_SIZE,) or covariance.shape != (FEATURE_SIZE, FEATURE_SIZE):
+        raise ValueError(
+            f"{path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; expected statistics of the "
+            f"{FEATURE_SIZE} features of Inception"
+        )
     return Gaussian(mean, covariance)
 
 
-def read_images(path: Path) -> torch.Tensor:
-    """Real images (N, 3, H, W) uint8 from the `arr_0` (N, H, W, 3) of an .npz file."""
-    arrays = _open_npz(path)
-    if "arr_0" not in arrays or arrays["arr_0"].ndim != 4 or arrays["arr_0"].dtype != np.uint8:
-        raise ValueError(f"{path} has no arr_0 with uint8 images (N, H, W, 3)")
-    return torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+class NpzImages:
+    """The real images in the `arr_0` (N, H, W, 3) uint8 of an .npz file, which are never all in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            with self._open() as file:
+                self.shape, is_fortran, dtype = _read_header(file)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} has no arr_0 with uint8 images (N, H, W, 3): {error}") from error
+        if len(self.shape) != 4 or dtype != np.uint8 or is_fortran:
+            raise ValueError(f"{path} has no arr_0 with uint8 images (N, H, W, 3), but {dtype} {self.shape}")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
+        """All images in order, (B, 3, H, W) in [0, 1]."""
+        num_images, height, width, num_channels = self.shape
+        with self._open() as file:
+            _read_header(file)
+            for start in range(0, num_images, batch_size):
+                shape = min(batch_size, num_images - start), height, width, num_channels
+                pixels = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
+                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 255
+
+    def _open(self) -> IO[bytes]:
+        return zipfile.ZipFile(self.path).open("arr_0.npy")
 
 
-def _open_npz(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        return {name: arrays[name] for name in arrays.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return read[np.lib.format.read_magic(file)](file)
 
 
 def measure(
-    folder: Path, num_images: int, statistics: Gaussian, real_features: torch.Tensor | None = None
+    features: torch.Tensor,
+    probabilities: torch.Tensor,
+    statistics: Gaussian,
+    real_features: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """FID, inception score and, where real features (N, D) are given, precision, recall, density and coverage.
-
-    Raises ValueError where the folder's chunks are not all of the `num_images`.
-    """
-    found = read_chunks(folder, num_images)
-    features = found["features"]
-    if features.shape[1] != len(statistics.mean):
-        raise ValueError(f"features of {features.shape[1]} numbers, but statistics of {len(statistics.mean)}")
+    """FID of features (N, D), inception score of class probabilities (N, K) and, where real features are given,
+    precision, recall, density and coverage."""
     measures = {"fid": frechet_distance(statistics, Gaussian.fit(features))}
-    measures["inception_score"] = inception_score(found["probabilities"])
+    measures["inception_score"] = inception_score(probabilities)
     if real_features is not None:
         measures |= precision_recall(real_features, features)
     return measures

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import urllib.error
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from cleanfid.downloads_helper import check_download_inception
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 
-from teachers.folder import file_digest
+from teachers.folder import file_digest, renewed_folder
+from teachers.sharing import each_once
 
 WEIGHTS = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 CACHE = Path.home() / ".cache" / "one-step-mdm"
+FEATURE_SIZE = 2048
+
+
+def add_inception_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    parser.add_argument("--few-images", action="store_true", help=f"allow FID of fewer than {FEATURE_SIZE:,} images")
+
+
+def check_num_images(options: argparse.Namespace, **counts: int) -> None:
+    """A ValueError where the covariance of so few images, by what they are, has no full rank, unless it is allowed."""
+    for name, num_images in counts.items():
+        if num_images < FEATURE_SIZE and not options.few_images:
+            raise ValueError(
+                f"FID of {num_images} {name.replace('_', ' ')} is not one: the covariance of its {FEATURE_SIZE:,} "
+                f"features needs as many images to have full rank. Take more, or say --few-images"
+            )
 
 
 def find_weights(path: Path | None) -> Path:
@@ -26,12 +45,11 @@ def find_weights(path: Path | None) -> Path:
             raise FileNotFoundError(f"there are no Inception weights at {path}; expected a file named {WEIGHTS}")
         return file
     file = CACHE / WEIGHTS
-    if not file.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
+    for _ in each_once([file]):
         try:
-            check_download_inception(str(CACHE))
+            with renewed_folder(CACHE) as staging:  # a part of it would be taken for the whole
+                check_download_inception(str(staging))
         except (urllib.error.URLError, OSError) as error:
-            file.unlink(missing_ok=True)  # a part of it would be taken for the whole
             raise FileNotFoundError(
                 f"the Inception weights could not be downloaded ({error}); put {WEIGHTS} into {CACHE} or name it with "
                 "--inception-path. FD on a classifier's features (--features classifier) needs no download"
@@ -66,10 +84,11 @@ class InceptionFeatures:
         return torch.cat([self._network(self._prepare(part)).cpu() for part in images.split(64)])
 
     @torch.no_grad()
-    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Class probabilities (N, K) of images (N, C, H, W) in [0, 1], without the output's bias as in the first IS."""
-        parts = [self._network.base(self._prepare(part), no_output_bias=True) for part in images.split(64)]
-        return torch.cat(parts).cpu()
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (N, K) of images with these features (N, 2048): what the network's last layer makes of
+        them, without its bias as in the first IS."""
+        last = self._network.base.output
+        return F.linear(features.to(self.device), last.weight).softmax(-1).cpu()
 
     def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         return {}

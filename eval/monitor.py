@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import CLIPModel, CLIPProcessor
 
-from eval.classifier import ClassifierFeatures
+from distill.loop.host import from_main_process
 from eval.clip_score import ClipFeatures
-from eval.evaluate import Reference, gather_rows, generate
-from eval.inception import InceptionFeatures
+from eval.evaluate import MAX_PIXELS, Features, Reference, batch_size_for, gather_rows, generate
+from eval.real import embed, make_features, make_reference, real_data, spread
 from students.export import image_grid, sample_grid
 from teachers.conditions.condition import Conditions
-from teachers.conditions.prompt_cache import PromptCache
-from teachers.data import DataConfig, load_data
+from teachers.data import DataConfig, ImageData, load_data
 from teachers.pipeline import TokenPipeline
 from teachers.tokenizers.vq import VQTokenizer, codebook_use
 
-NUM_IMAGES = 1000
+NUM_IMAGES, NUM_REAL_IMAGES = 1000, 10_000
 
 
 class SampleMonitor:
     """Called with (pipeline, conditions, step, heartbeat) on every process: writes `samples/step-000100.png`, returns
-    FD and class consistency, or CLIP score. The processes share the images.
+    FD and class consistency, or CLIP score. The processes share the images, generated and real.
 
-    Without data (`data.name` empty) and without what measures them (labels to train a classifier on; for prompts a CLIP
-    that scores) it only writes the samples.
+    Without what measures them (data with labels to train a classifier on; for prompts a CLIP that scores) it only
+    writes the samples; for prompts without data (`data.name` empty) there is a CLIP score and no FD.
     """
 
     def __init__(self, output: Path, data: DataConfig, scoring_clip: str = ""):
         self.folder = output / "samples"
         self.data, self.scoring_clip = data, scoring_clip
+        self._features: Features | None = None
         self._reference: Reference | None = None
 
     def __call__(
-        self, pipeline: TokenPipeline, conditions: Conditions, step: int, heartbeat: Callable[[], None] = lambda: None
+        self, pipeline: TokenPipeline, conditions: Any, step: int, heartbeat: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         state = PartialState()
         if state.is_main_process:
@@ -46,27 +46,43 @@ class SampleMonitor:
             num_columns = 10 if pipeline.condition_kind == "none" else min(len(conditions), 10)
             columns = conditions.condition(torch.arange(num_columns) % len(conditions), pipeline.device)
             sample_grid(pipeline, columns).save(self.folder / f"step-{step:06d}.png")
-        judge = self.scoring_clip if pipeline.condition_kind == "text" else self.data.label_column
-        if not self.data.name or not judge:
+        is_text = pipeline.condition_kind == "text"
+        if not (self.scoring_clip if is_text else self.data.name and self.data.label_column):
             return {}
-        if self._reference is None:
-            with state.main_process_first():
-                self._reference = self._make_reference(conditions)
-        images, rows, _ = generate(
-            pipeline,
-            NUM_IMAGES,
-            conditions=conditions,
-            process=state.process_index,
-            num_processes=state.num_processes,
-            heartbeat=heartbeat,
-        )
-        features = self._reference.features(images)
-        return self._reference.judge(gather_rows(features), gather_rows(rows))
+        if self._features is None:
+            if is_text:
+                captions = conditions.prompts[:NUM_IMAGES]  # what the images go round
+                self._features = ClipFeatures.load(self.scoring_clip, captions, pipeline.device)
+            else:
+                classifier = self.folder.parent.parent / "classifier"
+                self._features = make_features(self.data, classifier, device=pipeline.device)
+            if self.data.name:
+                self._reference = _shared_reference(self._features, self.data)
+        found, rows = _shared_features(pipeline, conditions, self._features, heartbeat)
+        judge = self._reference or self._features
+        return from_main_process(judge.judge(found, rows) if state.is_main_process else None)
 
-    def _make_reference(self, conditions: Conditions) -> Reference:
-        if isinstance(conditions, PromptCache):
-            return Reference(ClipFeatures.load(self.scoring_clip, conditions.prompts), real_images(self.data))
-        return reference_for(self.data, self.folder.parent.parent / "classifier")
+
+def _shared_reference(features: Features, config: DataConfig) -> Reference:
+    """Real images, spread over the data, of which each process reads and embeds its share."""
+    state, data = PartialState(), real_data(config)
+    rows = spread(len(data), NUM_REAL_IMAGES)[state.process_index :: state.num_processes]
+    real_features = gather_rows(embed(features, data.subset(rows))["features"])
+    return Reference(features, real_features, f"{len(real_features)} images of {config.name}")
+
+
+def _shared_features(
+    pipeline: TokenPipeline, conditions: Conditions, features: Features, heartbeat: Callable[[], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) of generated images, of which each process makes its share, and the rows of their conditions."""
+    state, found, rows = PartialState(), [], []
+    for numbers in torch.arange(NUM_IMAGES).split(batch_size_for(pipeline) * state.num_processes):
+        heartbeat()  # all processes at once
+        share = numbers[state.process_index :: state.num_processes]
+        for batch in generate(pipeline, share, conditions=conditions):
+            found.append(features(batch.images))
+            rows.append(batch.rows)
+    return gather_rows(torch.cat(found)), gather_rows(torch.cat(rows))
 
 
 class RetrievalMonitor:
@@ -77,18 +93,16 @@ class RetrievalMonitor:
 
     def __init__(self, data: DataConfig):
         self.data = data
-        self._pairs: tuple[torch.Tensor, list[str]] | None = None
+        self._pairs: ImageData | None = None
 
     def __call__(self, clip: CLIPModel, processor: CLIPProcessor, step: int) -> dict[str, float]:
         if not self.data.name:
             return {}
         if self._pairs is None:
             data = load_data(self.data)
-            assert data.texts is not None
-            self._pairs = data.images(), data.texts
-        images, captions = self._pairs
-        features = ClipFeatures(clip, processor, "in training", captions)
-        return features.judge(features(images), torch.arange(len(images)))
+            self._pairs = data.subset(spread(len(data), NUM_REAL_IMAGES))
+        features = ClipFeatures(clip, processor, "in training", self._pairs.texts)
+        return features.judge(embed(features, self._pairs)["features"], torch.arange(len(self._pairs)))
 
 
 class ReconstructionMonitor:
@@ -101,51 +115,35 @@ class ReconstructionMonitor:
     def __init__(self, output: Path, data: DataConfig):
         self.folder = output / "samples"
         self.data = data
-        self._images: torch.Tensor | None = None
+        self._chosen: ImageData | None = None
         self._reference: Reference | None = None
 
     def __call__(self, tokenizer: VQTokenizer, step: int) -> dict[str, float]:
-        if self._images is None:
-            self._images, labels = self._shuffled_images()
-            if len(labels.unique()) > 1:
-                self._reference = reference_for(self.data, self.folder.parent.parent / "classifier")
-        parts = self._images.split(250)
-        tokens = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
-        images = torch.cat([tokenizer.decode(part).cpu() for part in tokens.split(250)])
+        if self._chosen is None:
+            data = load_data(self.data)
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
+            self._chosen = data.subset(order)
+            if len(self._chosen.labels.unique()) > 1:
+                classifier = self.folder.parent.parent / "classifier"
+                features = make_features(self.data, classifier, device=tokenizer.device)
+                self._reference = make_reference(features, self.data, NUM_REAL_IMAGES)
+        shown: list[torch.Tensor] = []
+        tokens, found, error = [], [], 0.0
+        batch_size = max(1, min(250, MAX_PIXELS // self._chosen[0][0].numel()))
+        for images in self._chosen.batches(batch_size):
+            tokens.append(tokenizer.encode(images.to(tokenizer.device)))
+            decoded = tokenizer.decode(tokens[-1]).cpu()
+            error += (decoded - images).square().double().mean().item() * len(images) / len(self._chosen)
+            if sum(len(pairs) for pairs in shown) < 40:
+                shown.append(torch.stack([images, decoded], dim=1))
+            if self._reference is not None:
+                found.append(self._reference.features(decoded))
         self.folder.mkdir(parents=True, exist_ok=True)
-        pairs = torch.stack([self._images[:40].unflatten(0, (4, 10)), images[:40].unflatten(0, (4, 10))], dim=1)
+        pairs = torch.cat(shown)[:40].unflatten(0, (4, 10)).transpose(1, 2)
         image_grid(pairs.flatten(0, 2), 10).save(self.folder / f"step-{step:06d}.png")
-        used, perplexity = codebook_use(tokens.cpu(), tokenizer.codebook_size)
-        error = (images - self._images).square().mean().item()
+        used, perplexity = codebook_use(torch.cat(tokens).cpu(), tokenizer.codebook_size)
         measures = {"mean_squared_error": error, "codebook_used": used, "perplexity": perplexity}
         if self._reference is not None:
             distance, _ = self._reference.features.distance_names
-            measures[f"reconstruction_{distance}"] = self._reference.distance(images)
+            measures[f"reconstruction_{distance}"] = self._reference.distance(torch.cat(found))
         return measures
-
-    def _shuffled_images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        data = load_data(self.data)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
-        chosen = data.subset(order.tolist())
-        return chosen.images(), chosen.labels
-
-
-def real_images(data: DataConfig) -> torch.Tensor:
-    """The real images to compare with: the configured split; of the embedded digits, all."""
-    return load_data(replace(data, split="all") if data.name == "digits" else data).images()
-
-
-def reference_for(
-    data: DataConfig, classifier_folder: Path, features: str = "classifier", inception_path: Path | None = None
-) -> Reference:
-    """The real images, seen through a classifier that is trained on the data and kept in the folder, or "inception".
-
-    The classifier's accuracy is that on a held-out tenth of the split; of the digits, on their test split.
-    """
-    if features == "inception":
-        return Reference(InceptionFeatures(inception_path), real_images(data))
-    if data.name == "digits":
-        train, test = load_data(replace(data, split="train")), load_data(replace(data, split="test"))
-    else:
-        train, test = load_data(data).hold_out(0.1)
-    return Reference(ClassifierFeatures.cached(classifier_folder, data, train, test), real_images(data))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from eval.evaluate import Reference, generate
+from eval.evaluate import Reference, generate_features
 from teachers.conditions.condition import Conditions
 from teachers.pipeline import TokenPipeline
 
@@ -56,27 +56,29 @@ def tune_and_measure(
     tuning = []
     for number, settings in enumerate(candidates):
         description = f"{name}: tuning {number + 1}/{len(candidates)}"
-        images, labels, _ = generate(
+        features, rows, _ = generate_features(
             pipeline,
+            reference.features,
             grid.num_tuning_images,
             conditions=conditions,
             seed=TUNING_SEED,
             description=description,
             **settings,
         )
-        tuning.append(settings | reference.quick(images, labels))
+        tuning.append(settings | reference.judge(features, rows))
     allowed = [
         number
         for number, measures in enumerate(tuning)
         if all(measures[measure] >= least for measure, least in (at_least or {}).items())
     ]
     best = min(allowed or range(len(candidates)), key=lambda number: tuning[number][distance])
-    images, labels, nfe = generate(
+    features, rows, nfe = generate_features(
         pipeline,
+        reference.features,
         grid.num_report_images,
         conditions=conditions,
         seed=REPORT_SEED,
         description=f"{name}: measuring",
         **candidates[best],
     )
-    return {"settings": candidates[best], "nfe": nfe, **reference.measure(images, labels), "tuning": tuning}
+    return {"settings": candidates[best], "nfe": nfe, **reference.measure(features, rows), "tuning": tuning}

@@ -6,6 +6,7 @@ the training step or its loss against the order of the authors' loop.
         --output runs/digits/frontier
     python scripts/benchmark.py step --baseline
     python scripts/benchmark.py loss
+    python scripts/benchmark.py memory
 
 The last line of stdout is one JSON object.
 """
@@ -15,21 +16,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.benchmark.loss import loss_table, measure_loss
+from distill.benchmark.memory import SIZES, measure_memory, memory_table
 from distill.benchmark.step import measure_step, step_table
 from distill.config import load_config
 from distill.jobs.command import run
+from distill.jobs.student import TEACHER_DTYPES
 from distill.loop.config import TrainingConfig
 from eval.clip_score import ClipFeatures
-from eval.evaluate import Reference
 from eval.frontier import choose_samplers, frontier_table, measure_frontier, save_default, write_frontier
-from eval.monitor import real_images, reference_for
+from eval.inception import add_inception_options, check_num_images
+from eval.real import make_features, make_reference
+from eval.sampling import DTYPES, add_device_options, device_of, open_pipeline
 from eval.speed import VARIANTS, compare_speed, speed_table
 from eval.tuning import Grid
 from students.initialisation import TokenInitialiser
-from students.loading import load_pipeline
 from students.pipeline import OneStepPipeline
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.cost import machine
@@ -51,7 +52,7 @@ def main() -> None:
         options.add_argument("--teacher", type=Path, required=required, help="folder of a MaskedDiffusionPipeline")
         options.add_argument("--student", type=Path, required=required, help="folder of a OneStepPipeline")
         options.add_argument("--prompts", nargs="+", metavar="key=value", help="for text: name=, split=, column=")
-        options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add_device_options(options)
     for kind, function, text in [
         ("step", step, "time the training step of Di[M]O"),
         ("loss", loss, "time the way from the last hidden states to their gradients, and its memory"),
@@ -64,6 +65,10 @@ def main() -> None:
         options.add_argument("--num-repeats", type=int, default=7, help="interleaved rounds")
     add_step_options(kinds.choices["step"])
     add_loss_options(kinds.choices["loss"])
+    text = "the memory of training and sampling at the sizes of released teachers"
+    options = kinds.add_parser("memory", help=text, description=text.capitalize() + ", worked out without a GPU.")
+    options.set_defaults(function=memory)
+    add_memory_options(options)
     add_sample_options(kinds.choices["sample"])
     add_frontier_options(kinds.choices["frontier"])
     arguments = parser.parse_args()
@@ -93,13 +98,19 @@ def add_loss_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--hidden-size", type=int, default=256)
 
 
+def add_memory_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--adapter-rank", type=int, default=16, help="of the rows with adapters")
+    options.add_argument("--teacher-dtype", choices=TEACHER_DTYPES, default="float32", help="in training")
+
+
 def add_frontier_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--output", type=Path, required=True, help="folder; run again, it goes on where it stopped")
     options.add_argument("--data", nargs="+", default=[], metavar="key=value", help="the real images, e.g. name=folder")
     options.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
     options.add_argument("--clip", help="for models of text: the CLIP (folder or hub id) of FD and CLIP score")
     options.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
-    options.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    add_inception_options(options)
     options.add_argument("--samplers", nargs="+", metavar="NAME", help="some of them; default: all")
     options.add_argument("--guidance-scales", type=float, nargs="+", default=[1.0, 1.25])
     options.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4])
@@ -112,13 +123,13 @@ def add_frontier_options(options: argparse.ArgumentParser) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     if arguments.random:
         teacher = MaskedDiffusionPipeline(**random_components(arguments.random))
+        teacher = teacher.to(device_of(arguments), DTYPES[arguments.dtype])
         initialiser = TokenInitialiser.for_teacher(teacher, random_tokens="uniform")
         student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, initialiser)
     elif arguments.teacher and arguments.student:
-        teacher, student = load_pipeline(arguments.teacher), load_pipeline(arguments.student)
+        teacher, student = (open_pipeline(folder, arguments) for folder in (arguments.teacher, arguments.student))
     else:
         raise ValueError("name a --teacher and a --student, or the size of --random ones")
-    teacher, student = teacher.to(arguments.device), student.to(arguments.device)
     rows, summary = compare_speed(
         teacher,
         student,
@@ -131,7 +142,8 @@ def sample(arguments: argparse.Namespace) -> None:
     )
     print(speed_table(rows))
     print(summary)
-    print(json.dumps({"rows": rows, "protocol": machine(arguments.device) | {"num_repeats": arguments.num_repeats}}))
+    protocol = machine(teacher.device) | {"dtype": arguments.dtype, "num_repeats": arguments.num_repeats}
+    print(json.dumps({"rows": rows, "protocol": protocol}))
 
 
 def step(arguments: argparse.Namespace) -> None:
@@ -164,10 +176,15 @@ def loss(arguments: argparse.Namespace) -> None:
     print(json.dumps({"rows": rows, "protocol": machine("cpu") | asked_for(arguments)}))
 
 
+def memory(arguments: argparse.Namespace) -> None:
+    rows = measure_memory(arguments.sizes, arguments.adapter_rank, arguments.teacher_dtype)
+    print(memory_table(rows))
+    print(json.dumps({"rows": rows, "protocol": asked_for(arguments)}))
+
+
 def frontier(arguments: argparse.Namespace) -> None:
     data = load_config(DataConfig, overrides=arguments.data)
-    teacher = load_pipeline(arguments.teacher).to(arguments.device)
-    student = load_pipeline(arguments.student).to(arguments.device)
+    teacher, student = (open_pipeline(folder, arguments) for folder in (arguments.teacher, arguments.student))
     chosen = choose_samplers(teacher.token_grid, arguments.samplers)
     grid = Grid(
         tuple(arguments.temperatures),
@@ -176,19 +193,22 @@ def frontier(arguments: argparse.Namespace) -> None:
         arguments.num_tuning_images,
         arguments.num_report_images,
     )
-    prompts = prompts_of(teacher, arguments)
+    prompts, device = prompts_of(teacher, arguments), teacher.device
     if prompts is None:
-        reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
+        features = make_features(data, arguments.classifier, arguments.features, arguments.inception_path, device)
     elif arguments.clip is None:
         raise ValueError("these models are conditioned on text: name a CLIP to measure with (--clip)")
     else:
-        features = ClipFeatures.load(arguments.clip, prompts.prompts, arguments.device)
-        reference = Reference(features, real_images(data))
+        features = ClipFeatures.load(arguments.clip, prompts.prompts, device)
+    reference = make_reference(features, data)
+    if features.distance_names[0] == "fid":
+        generated = min(arguments.num_tuning_images, arguments.num_report_images)
+        check_num_images(arguments, generated_images=generated, real_images=len(reference.real_features))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    about = {"data": data.name} | ({} if prompts is None else {"prompts": arguments.prompts})
+    about = {"reference": reference.source} | ({} if prompts is None else {"prompts": arguments.prompts})
     cache, batch_size = arguments.output / "points.jsonl", arguments.speed_batch_size
     rows = measure_frontier(teacher, student, chosen, reference, grid, cache, about, batch_size, prompts)
-    summary = write_frontier(rows, arguments.output, reference, grid, data.name, batch_size, arguments.device)
+    summary = write_frontier(rows, arguments.output, reference, grid, batch_size, device)
     print(frontier_table(rows, reference.features.distance_names[0]))
     if arguments.save_best:
         save_default(arguments.teacher, summary["best_teacher"])

@@ -3,11 +3,13 @@
     python scripts/cache_tokens.py --tokenizer runs/mnist/tokenizer/tokenizer --output runs/mnist/tokens \
         name=ylecun/mnist
 
-An interrupted run goes on where it was.
+An interrupted run goes on where it was. Many processes share the work: under `accelerate launch`, each on its GPU, or
+started one by one on any machines that see the folder.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from teachers.tokenizers.token_cache import load_tokenizer, write_token_cache
 
 
 def main() -> None:
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         description="Encode a data set once.",
         epilog="settings of the data:\n" + describe(DataConfig()),
@@ -27,7 +30,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num-workers", type=int, default=0, help="that read images, for each process")
+    parser.add_argument("--device", default=device)
     parser.add_argument("data", nargs="*", metavar="key=value", help="the images, e.g. name=folder image_size=256")
     run(lambda: cache(parser.parse_intermixed_args()))
 
@@ -36,7 +40,8 @@ def cache(arguments: argparse.Namespace) -> None:
     config = load_config(DataConfig, overrides=arguments.data)
     data = load_data(config)
     tokenizer = load_tokenizer(arguments.tokenizer).to(arguments.device)
-    used, perplexity = write_token_cache(arguments.output, tokenizer, config, data, batch_size=arguments.batch_size)
+    sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+    used, perplexity = write_token_cache(arguments.output, tokenizer, config, data, **sizes)
     height, width = tokenizer.token_grid
     print(f"wrote {arguments.output}: {len(data)} images of {data.num_classes} classes as {height} x {width} tokens")
     result = {"num_images": len(data), "codebook_size": tokenizer.codebook_size, "codebook_used": used}

@@ -2,21 +2,26 @@
 
     python scripts/evaluate.py runs/digits/one-step --num-images 5000
     python scripts/evaluate.py runs/digits/teacher/pipeline --num-inference-steps 8 --guidance-scale 1.25
+    accelerate launch scripts/evaluate.py runs/big/one-step name=FOLDER --features inception --num-images 50000
 
-The last line of stdout is one JSON object.
+Run it again to go on after an interruption, on any number of processes. The last line of stdout is one JSON object.
 """
 
 import argparse
 import json
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
+
+from accelerate import PartialState
 
 from distill.config import load_config
 from distill.jobs.command import run
-from eval.evaluate import generate
-from eval.monitor import reference_for
-from eval.sampling import add_sampling_options, sampling_settings
-from students.loading import load_pipeline
+from distill.loop.launch import run_processes
+from eval.chunks import REAL_CHUNK_SIZE, claim, from_images, read_chunks, write_chunks
+from eval.evaluate import Reference
+from eval.inception import add_inception_options, check_num_images
+from eval.real import describe, embed, make_features, real_data
+from eval.sampling import add_sampling_options, json_digest, open_pipeline, sampling_protocol, sampling_settings
 from teachers.data import DataConfig
 
 
@@ -24,36 +29,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure generated images against real ones.")
     parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
     parser.add_argument("data", nargs="*", metavar="key=value", help="the real images, e.g. name=folder image_size=32")
+    parser.add_argument("--output", type=Path, help="folder for the features; default: runs/evaluation/, by protocol")
     parser.add_argument("--num-images", type=int, default=5000)
     add_sampling_options(parser)
     parser.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
-    parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
-    run(lambda: evaluate(parser.parse_intermixed_args()))
+    add_inception_options(parser)
+    arguments = parser.parse_intermixed_args()
+    run_processes(lambda: run(lambda: evaluate(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    data = load_config(DataConfig, overrides=arguments.data)
-    pipeline = load_pipeline(arguments.pipeline)
+    config = load_config(DataConfig, overrides=arguments.data)
+    pipeline = open_pipeline(arguments.pipeline, arguments)
     if pipeline.condition_kind == "text":
         raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
     settings = sampling_settings(pipeline, arguments)
+    data, kind = real_data(config), arguments.features
+    features = make_features(config, arguments.classifier, kind, arguments.inception_path, pipeline.device)
+    if kind == "inception":
+        check_num_images(arguments, generated_images=arguments.num_images, real_images=len(data))
+    protocol = sampling_protocol(pipeline, arguments, settings) | {"data": asdict(config), "features": features.name}
+    output, state = arguments.output or Path("runs/evaluation") / json_digest(protocol)[:12], PartialState()
+    claim(output, protocol)
 
-    reference = reference_for(data, arguments.classifier, arguments.features, arguments.inception_path)
-    images, labels, nfe = generate(
-        pipeline, arguments.num_images, seed=arguments.seed, description="generating", **settings
+    def of_real_images(numbers):
+        return embed(features, data.subset(numbers))
+
+    make = from_images(pipeline, lambda images: {"features": features(images)}, seed=arguments.seed, **settings)
+    write_chunks(output, "real", len(data), of_real_images, REAL_CHUNK_SIZE, is_shown=state.is_main_process)
+    write_chunks(output, "images", arguments.num_images, make, is_shown=state.is_main_process)
+    if not state.is_main_process:
+        return
+    real, found = (
+        read_chunks(output, "real", len(data), REAL_CHUNK_SIZE),
+        read_chunks(output, "images", arguments.num_images),
     )
-    measures = reference.measure(images, labels)
+    reference = Reference(features, real["features"], describe(config.name, real["digests"]))
+    measures = reference.measure(found["features"], found["rows"])
     for name, value in measures.items():
         print(f"{name:20} {value:10.4f}")
-    protocol = {
-        "num_images": arguments.num_images,
-        "reference": f"{len(reference.real_features)} images of {data.name}",
-        "features": reference.features.name,
-        "seed": arguments.seed,
-        "settings": {key: value for key, value in settings.items() if value is not None},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "clean-fid")},
-    }
+    nfe = found["nfe"].mean().item()
+    protocol["reference"] = reference.source
     print(json.dumps({"pipeline": str(arguments.pipeline), "nfe": nfe, **measures, "protocol": protocol}))
 
 

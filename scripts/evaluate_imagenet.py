@@ -9,20 +9,18 @@ Run it again to go on after an interruption, on any number of processes. The las
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
-from eval.chunks import claim, write_chunks
-from eval.imagenet import measure, read_images, read_statistics
-from eval.inception import InceptionFeatures
-from eval.sampling import add_sampling_options, sampling_settings
-from students.loading import load_pipeline
+from eval.chunks import claim, from_images, read_chunks, write_chunks
+from eval.imagenet import NpzImages, measure, read_statistics
+from eval.inception import InceptionFeatures, add_inception_options, check_num_images
+from eval.sampling import add_sampling_options, open_pipeline, sampling_protocol, sampling_settings
 from teachers.folder import file_digest
-from teachers.pipeline import all_classes
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
 PUBLISHED_PROTOCOL = """
@@ -42,54 +40,47 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that keeps the features until all are there")
     parser.add_argument("--num-images", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, help="images at a time; default: by their tokens and pixels")
     add_sampling_options(parser)
-    parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    add_inception_options(parser)
     arguments = parser.parse_args()
     run_processes(lambda: run(lambda: evaluate(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    check_num_images(arguments, generated_images=arguments.num_images)
     statistics = read_statistics(arguments.statistics)
-    real_images = read_images(arguments.real_images) if arguments.real_images else None
-    state = PartialState()
-    with state.main_process_first():
-        features = InceptionFeatures(arguments.inception_path, state.device, mode="legacy_tensorflow")
-    pipeline = load_pipeline(arguments.pipeline).to(state.device)
+    real_images = NpzImages(arguments.real_images) if arguments.real_images else None
+    pipeline = open_pipeline(arguments.pipeline, arguments)
     settings = sampling_settings(pipeline, arguments)
-    protocol = {
-        "pipeline": str(arguments.pipeline),
-        "num_images": arguments.num_images,
-        "seed": arguments.seed,
-        "settings": settings,
+    features = InceptionFeatures(arguments.inception_path, pipeline.device, mode="legacy_tensorflow")
+    protocol = sampling_protocol(pipeline, arguments, settings) | {
         "features": features.name,
+        "statistics": f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}",
     }
-    with state.main_process_first():
-        claim(arguments.output, protocol)
+    if real_images is not None:
+        digest = file_digest(arguments.real_images)
+        protocol["real_images"] = f"{len(real_images)} of {arguments.real_images.name}, sha256 {digest}"
+    claim(arguments.output, protocol)
 
-    write_chunks(
-        pipeline,
-        all_classes(pipeline),
-        lambda images: {"features": features(images), "probabilities": features.probabilities(images)},
-        arguments.output,
-        arguments.num_images,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        process=state.process_index,
-        num_processes=state.num_processes,
-        **settings,
-    )
-    state.wait_for_everyone()
+    def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = features(images)
+        return {"features": found, "probabilities": features.probabilities(found)}
+
+    state, output, num_images = PartialState(), arguments.output, arguments.num_images
+    make = from_images(pipeline, extract, seed=arguments.seed, batch_size=arguments.batch_size, **settings)
+    write_chunks(output, "images", num_images, make, is_shown=state.is_main_process)
     if not state.is_main_process:
         return
-    real_features = None if real_images is None else features(real_images / 255)
-    measures = measure(arguments.output, arguments.num_images, statistics, real_features)
+    real_features = None
+    if real_images is not None:
+        real_features = torch.cat([features(images) for images in real_images.batches()])
+    found = read_chunks(output, "images", num_images)
+    measures = measure(found["features"], found["probabilities"], statistics, real_features)
     print(f"{'':18}{'here':>10}{'published':>12}")
     for name, value in measures.items():
         print(f"{name:18}{value:10.3f}{PUBLISHED.get(name, ''):>12}")
     print(PUBLISHED_PROTOCOL)
-    protocol["statistics"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
-    protocol["versions"] = {name: version(name) for name in ("torch", "diffusers", "clean-fid")}
     print(json.dumps({**measures, "published": PUBLISHED, "protocol": protocol}))
 
 

@@ -8,7 +8,6 @@ Run it again to go on after an interruption, on any number of processes. The las
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,15 +16,16 @@ from accelerate import PartialState
 from distill.config import load_config
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
-from eval.chunks import claim, read_chunks, write_chunks
+from eval.chunks import REAL_CHUNK_SIZE, claim, from_images, read_chunks, write_chunks
 from eval.clip_score import ClipFeatures
 from eval.distances import Gaussian, frechet_distance
 from eval.imagenet import read_statistics
-from eval.inception import InceptionFeatures
-from eval.sampling import add_sampling_options, sampling_settings
-from students.loading import load_pipeline
+from eval.inception import InceptionFeatures, add_inception_options, check_num_images
+from eval.real import describe, embed
+from eval.sampling import add_sampling_options, open_pipeline, sampling_protocol, sampling_settings
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
-from teachers.data import DataConfig, load_data
+from teachers.data import DataConfig, ImageData, load_data
+from teachers.folder import file_digest
 
 
 def main() -> None:
@@ -40,72 +40,67 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the features of the images")
     parser.add_argument("--num-images", type=int, default=30_000, help="they go round the captions")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, help="images at a time; default: by their tokens and pixels")
     add_sampling_options(parser)
-    parser.add_argument("--inception-path", type=Path, help="Inception weights; default: downloaded once")
+    add_inception_options(parser)
     arguments = parser.parse_args()
     run_processes(lambda: run(lambda: evaluate(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    captions = load_prompts(load_config(PromptConfig, overrides=arguments.captions))
+    captions = load_prompts(load_config(PromptConfig, overrides=arguments.captions))[: arguments.num_images]
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
-    state = PartialState()
-    with state.main_process_first():
-        clip = ClipFeatures.load(arguments.clip, captions, state.device)
-        inception = None
-        if statistics is not None or arguments.real_images:
-            inception = InceptionFeatures(arguments.inception_path, state.device)
-    pipeline = load_pipeline(arguments.pipeline).to(state.device)
+    data = real_images(arguments.real_images) if arguments.real_images else None
+    pipeline = open_pipeline(arguments.pipeline, arguments)
     if pipeline.condition_kind != "text":
         raise ValueError(f"{arguments.pipeline} is not conditioned on text; measure it with scripts/evaluate.py")
     settings = sampling_settings(pipeline, arguments)
-    protocol = {
-        "pipeline": arguments.pipeline,
-        "captions": f"{len(captions)} of {' '.join(arguments.captions)}, {clip.num_cut} of them cut by the CLIP",
-        "num_images": arguments.num_images,
-        "seed": arguments.seed,
-        "settings": settings,
+    clip, inception = ClipFeatures.load(arguments.clip, captions, pipeline.device), None
+    protocol = sampling_protocol(pipeline, arguments, settings) | {
+        "captions": f"{len(captions)} of {' '.join(arguments.captions)}, {clip.num_cut()} of them cut by the CLIP",
         "clip": clip.name,
-        "features": inception.name if inception else None,
     }
-    with state.main_process_first():
-        claim(arguments.output, protocol)
+    if statistics is not None or data is not None:
+        inception = InceptionFeatures(arguments.inception_path, pipeline.device)
+        check_num_images(arguments, generated_images=arguments.num_images)
+        protocol["features"] = inception.name
+    if statistics is not None:
+        protocol["reference"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
+    if data is not None:
+        check_num_images(arguments, real_images=len(data))
+        protocol["data"] = arguments.real_images
+    claim(arguments.output, protocol)
 
     def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"clip": clip(images)} | ({"inception": inception(images)} if inception else {})
 
-    write_chunks(
-        pipeline,
-        Prompts(pipeline, captions),
-        extract,
-        arguments.output,
-        arguments.num_images,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        process=state.process_index,
-        num_processes=state.num_processes,
-        **settings,
-    )
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    def of_real_images(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        return embed(inception, data.subset(numbers))
+
+    output, is_main = arguments.output, PartialState().is_main_process
+    if data is not None:
+        write_chunks(output, "real", len(data), of_real_images, REAL_CHUNK_SIZE, is_shown=is_main)
+    sampling = {"conditions": Prompts(pipeline, captions), "seed": arguments.seed, "batch_size": arguments.batch_size}
+    make = from_images(pipeline, extract, **sampling, **settings)
+    write_chunks(output, "images", arguments.num_images, make, is_shown=is_main)
+    if not is_main:
         return
-    found = read_chunks(arguments.output, arguments.num_images)
-    measures = clip.judge(found["clip"], torch.arange(arguments.num_images) % len(captions))
-    if inception is not None:
-        if statistics is None:
-            statistics = statistics_of(arguments.real_images, inception)
+    found = read_chunks(output, "images", arguments.num_images)
+    measures = clip.judge(found["clip"], found["rows"])
+    if data is not None:
+        real = read_chunks(output, "real", len(data), REAL_CHUNK_SIZE)
+        statistics = Gaussian.fit(real["features"])
+        protocol["reference"] = describe(" ".join(arguments.real_images), real["digests"])
+    if statistics is not None:
         measures["fid"] = frechet_distance(statistics, Gaussian.fit(found["inception"]))
     for name, value in measures.items():
         print(f"{name:20}{value:10.4f}")
     print(f"{'CLIP score x 100':20}{100 * measures['clip_score']:10.2f}")
-    protocol["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers", "clean-fid")}
     print(json.dumps({**measures, "protocol": protocol}))
 
 
-def statistics_of(overrides: list[str], features: InceptionFeatures) -> Gaussian:
-    data = load_data(load_config(DataConfig, overrides=["label_column=", "num_channels=3", *overrides]))
-    return Gaussian.fit(torch.cat([features(images) for images in data.batches(description="real images")]))
+def real_images(overrides: list[str]) -> ImageData:
+    return load_data(load_config(DataConfig, overrides=["label_column=", "num_channels=3", *overrides]))
 
 
 if __name__ == "__main__":

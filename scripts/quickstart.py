@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from distill.config import to_yaml
 from distill.jobs.command import run
 from distill.jobs.recipe import Recipe
@@ -60,17 +62,18 @@ def start(arguments: argparse.Namespace) -> None:
     recipe.train()
 
     stage, one_step = recipe.stages.run, output / "one-step"
-    teacher, reference = load_pipeline(recipe.teacher_folder), comparison.reference()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher, reference = load_pipeline(recipe.teacher_folder).to(device), comparison.reference(device)
     job = load_job(recipe.student_run)
 
     def measure() -> None:
         student, _, _ = load_student(recipe.student_run)
-        comparison.measure(teacher, student, reference)
+        comparison.measure(teacher, student.to(device), reference)
 
     stage("the teacher's measurement", comparison.teacher_rows, lambda: comparison.measure_teacher(teacher, reference))
     stage("measurement", comparison.measurements, measure)
     stage("export", one_step, lambda: export(recipe, comparison, one_step))
-    exported = load_pipeline(one_step)
+    exported = load_pipeline(one_step).to(device)
     stage("speed", comparison.speed, lambda: comparison.time(teacher, exported))
     summary = comparison.summarise(
         teacher,

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from distill.jobs.command import run
-from eval.sampling import add_sampling_options, sampling_settings
+from eval.sampling import add_sampling_options, open_pipeline, sampling_settings
 from students.export import example_conditions, image_grid
-from students.loading import load_pipeline
 from teachers.conditions.condition import Condition
 from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators
@@ -31,7 +30,7 @@ def main() -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    pipeline = load_pipeline(arguments.pipeline)
+    pipeline = open_pipeline(arguments.pipeline, arguments)
     columns = columns_of(pipeline, arguments)
     settings = sampling_settings(pipeline, arguments)
     condition = columns.select(torch.arange(len(columns)).repeat(arguments.num_rows))

@@ -55,10 +55,10 @@ def with_adapters(network: Denoiser, rank: int) -> Denoiser:
 
 
 def merged(network: Denoiser) -> Denoiser:
-    """The network with its adapters added into copies of its weights; the network itself where it has none."""
+    """The network with its adapters added into copies of its weights, in float32; the network itself if it has none."""
     if not any(isinstance(module, LoraLayer) for module in network.modules()):
         return network
-    plain = copy.deepcopy(network)
+    plain = copy.deepcopy(network).float()  # half precision would round away most of what they add
     for name, module in list(plain.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()

@@ -6,20 +6,27 @@ Section 4.3 of Di[M]O (arXiv 2503.15457). Shapes: B batch, L tokens, D hidden si
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
+from students.marginals import MarginalTable
 from teachers.conditions.condition import Condition, Conditions
 from teachers.corruption import random_mask
-from teachers.pipeline import TokenPipeline, all_classes
-from teachers.randomness import Generators, invert_cumulative, rand, randn
+from teachers.pipeline import MAX_LOGITS, TokenPipeline, all_classes
+from teachers.randomness import Generators, noise, rand
 
 RANDOM_TOKENS = ("uniform", "marginal")
 NOISE_SCALES = ("embedding", "unit")
 MARGINAL_PROMPTS = 512
+FORMER_TABLE = "cumulative_probabilities"  # of folders saved when all sums were kept, in float32
 
 
 def perturb_embeddings(
@@ -30,26 +37,27 @@ def perturb_embeddings(
     With `noise_scale="unit"` c is 1, as in the paper, which suits released teachers with embeddings of that size; with
     "embedding" c is the root mean square of each embedding, so that s is the noise's share whatever their size.
     """
+    noise = noise.to(embeddings.dtype)
     if noise_scale == "embedding":
         noise = noise * embeddings.square().mean(-1, keepdim=True).sqrt()
     return math.sqrt(1 - sigma**2) * embeddings + sigma * noise
 
 
-@torch.no_grad()
-def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> torch.Tensor:
-    """The teacher's token probabilities on a fully masked input: (num_classes, L, V) for each class, or (1, L, V), the
-    mean over prompts: of these, as many as `MARGINAL_PROMPTS` that are spread over all; or of no condition."""
+def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> Iterator[torch.Tensor]:
+    """The teacher's token probabilities (n, L, V) on a fully masked input, for some conditions after others: all of
+    them, or of prompts as many as `MARGINAL_PROMPTS` that are spread over all.
+
+    Without guidance and at temperature 1, however the teacher is distilled: the student's variety comes from the random
+    tokens, and a sharpened distribution has less of it.
+    """
     rows = torch.arange(len(conditions))
     if teacher.condition_kind == "text":
         rows = rows[:: -(-len(rows) // MARGINAL_PROMPTS)]
-    marginals = []
-    for part in rows.split(64):
+    for part in rows.split(max(1, min(64, MAX_LOGITS // (teacher.sequence_length * teacher.codebook_size)))):
         condition = conditions.condition(part, teacher.device)
         masks = torch.full((len(part), teacher.sequence_length), teacher.mask_token_id, device=teacher.device)
-        marginals.append(teacher.denoiser(masks, condition).float().softmax(-1))
-    if teacher.condition_kind == "text":
-        return torch.stack([part.sum(0) for part in marginals]).sum(0, keepdim=True) / len(rows)
-    return torch.cat(marginals)
+        with torch.no_grad():
+            yield teacher.denoiser(masks, condition).float().softmax(-1)
 
 
 class TokenInitialiser(ModelMixin, ConfigMixin):
@@ -77,11 +85,20 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
             raise ValueError(f"random_tokens={random_tokens!r} is not known; choose from {', '.join(RANDOM_TOKENS)}")
         if noise_scale not in NOISE_SCALES:
             raise ValueError(f"noise_scale={noise_scale!r} is not known; choose from {', '.join(NOISE_SCALES)}")
-        length = token_grid[0] * token_grid[1]
-        # The sums along V, because that is what drawing needs. Uniform tokens need none.
-        rows = (max(num_classes, 1), length) if random_tokens == "marginal" else (1, 1)
-        uniform = torch.full((*rows, codebook_size), 1 / codebook_size)
-        self.register_buffer("cumulative_probabilities", uniform.cumsum(-1))
+        length = token_grid[0] * token_grid[1] if random_tokens == "marginal" else 0  # uniform tokens need no table
+        self.marginals = MarginalTable(num_classes if length else 0, length, codebook_size)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **settings) -> Self:
+        """As in diffusers; a folder that was saved with a whole table of sums opens too."""
+        weights = Path(name) / SAFETENSORS_WEIGHTS_NAME
+        state = load_file(weights) if weights.is_file() else {}
+        if FORMER_TABLE not in state:
+            return super().from_pretrained(name, **settings)
+        initialiser = cls.from_config(cls.load_config(name))
+        if initialiser.config.random_tokens == "marginal":
+            initialiser.marginals.fill_from_sums(state[FORMER_TABLE])
+        return initialiser.eval()
 
     @classmethod
     def for_teacher(
@@ -103,7 +120,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         )
         if random_tokens == "marginal":
             conditions = all_classes(teacher) if conditions is None else conditions
-            initialiser.cumulative_probabilities.copy_(teacher_marginals(teacher, conditions).cumsum(-1))
+            initialiser.marginals.fill(teacher_marginals(teacher, conditions))
         return initialiser.to(teacher.device)
 
     def forward(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
@@ -112,25 +129,20 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         lowest, highest = self.config.mask_ratio
         mask_ratio = lowest + (highest - lowest) * rand(len(tokens), 1, generator=generator, device=tokens.device)
         mask = random_mask(mask_ratio.squeeze(1), tokens.shape[1], generator)
-        initial = tokens.masked_fill(mask, self.config.mask_token_id)
-        return initial
+        return tokens.masked_fill(mask, self.config.mask_token_id)
 
     def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
         """Random image tokens (B, L)."""
         length = self.config.token_grid[0] * self.config.token_grid[1]
-        cumulative = self.cumulative_probabilities
-        uniform = rand(len(condition), length, generator=generator, device=cumulative.device)
+        uniform = rand(len(condition), length, generator=generator, device=condition.device)
         if self.config.random_tokens == "uniform":
             return (uniform * self.config.codebook_size).long()
-        if self.config.num_classes:
-            return invert_cumulative(cumulative[condition.class_labels], uniform)
-        by_position = uniform.T.contiguous() * cumulative[0, :, -1:]  # all share the probabilities of a position
-        return torch.searchsorted(cumulative[0], by_position, right=True).T
+        return self.marginals(condition.class_labels if self.config.num_classes else None, uniform)
 
     def perturb(self, embeddings: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """The embeddings (B, L, D) of the initial tokens with fresh noise of size `embedding_noise`."""
-        noise = randn(*embeddings.shape, generator=generator, device=embeddings.device)
-        return perturb_embeddings(embeddings, noise, self.config.embedding_noise, self.config.noise_scale)
+        drawn = noise(*embeddings.shape, generator=generator, device=embeddings.device)
+        return perturb_embeddings(embeddings, drawn, self.config.embedding_noise, self.config.noise_scale)
 
     def perturbation(self, generator: Generators = None):
         """What to hand to a denoiser as `perturb`; None where there is no embedding noise."""

@@ -68,13 +68,16 @@ class OneStepPipeline(TokenPipeline):
         image independent of the batch that it is made in.
         """
         condition = self._condition(prompt, class_labels, condition, batch_size)
-        initial = self.initialiser(condition, generator)
-        logits = self.denoiser(initial, condition, self.initialiser.perturbation(generator))
-        tokens = sample_tokens(
-            logits,
-            generator,
-            temperature=self.config.temperature if temperature is None else temperature,
-            top_k=self.config.top_k if top_k is None else top_k,
-            top_p=self.config.top_p if top_p is None else top_p,
-        )
-        return self._output(tokens, 1.0, output_type, return_dict)
+        tokens = []
+        for piece, generators in self._pieces(condition, generator):
+            initial = self.initialiser(piece, generators)
+            logits = self.denoiser(initial, piece, self.initialiser.perturbation(generators))
+            drawn = sample_tokens(
+                logits,
+                generators,
+                temperature=self.config.temperature if temperature is None else temperature,
+                top_k=self.config.top_k if top_k is None else top_k,
+                top_p=self.config.top_p if top_p is None else top_p,
+            )
+            tokens.append(drawn)
+        return self._output(torch.cat(tokens), 1.0, output_type, return_dict)

@@ -17,6 +17,15 @@ def settings_of(component: ConfigMixin) -> dict[str, Any]:
     return {key: value for key, value in component.config.items() if key in taken}
 
 
+def check_weights(network: nn.Module, name: str) -> None:
+    """A ValueError where weights or buffers are missing or not finite numbers, found in one pass where they lie."""
+    for key, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no weights {key}; is its file whole?")
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # unlike isfinite, without copies
+            raise ValueError(f"the weights of {name} are not finite numbers: {key}")
+
+
 def weights_digest(network: nn.Module) -> str:
     """The SHA-256 of its weights and buffers."""
     found = hashlib.sha256()

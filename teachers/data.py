@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,9 @@ class DataConfig:
 class ImageData(torch.utils.data.Dataset):
     """Images with their class labels, read when they are asked for: `data[i]` -> ((C, H, W) float in [0, 1], label).
 
-    `rows` gives the images of a list of numbers, `to_tensor` maps one of them. `labels` (N,) are `NO_CLASS` without a
-    label column; `texts` is None without a text column.
+    `rows` gives the images of a list of numbers, `to_tensor` maps one of them, `texts` the captions of such a list, if
+    there are any. `labels` (N,) are `NO_CLASS` without a label column. `numbers` (N,) are those of the rows that are
+    ours; None: all.
     """
 
     def __init__(
@@ -54,16 +55,16 @@ class ImageData(torch.utils.data.Dataset):
         rows: Any,
         labels: torch.Tensor,
         class_names: list[str],
-        texts: list[str] | None,
+        texts: Any,
         to_tensor: Callable[[Any], torch.Tensor],
-        numbers: list[int] | None = None,
+        numbers: torch.Tensor | None = None,
     ):
         self.rows = rows
         self.labels = labels
         self.class_names = class_names
-        self.texts = texts
+        self._texts = texts
         self._to_tensor = to_tensor
-        self._numbers = list(range(len(labels))) if numbers is None else numbers  # of the rows that are ours
+        self._numbers = numbers
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +74,7 @@ class ImageData(torch.utils.data.Dataset):
 
     def __getitems__(self, index: list[int]) -> list[tuple[torch.Tensor, int]]:
         # Many rows at once are read ten times as fast as one by one.
-        numbers = [self._numbers[i] for i in index]
+        numbers = index if self._numbers is None else self._numbers[index].tolist()
         try:
             rows = self.rows[numbers]
         except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -84,23 +85,31 @@ class ImageData(torch.utils.data.Dataset):
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def batches(self, batch_size: int = 256, description: str | None = None):
-        """All images in order, as (B, C, H, W) batches; with a description, under a progress bar."""
-        loader = torch.utils.data.DataLoader(self, batch_size=batch_size)
+    @property
+    def texts(self) -> Sequence[str] | None:
+        """The captions, read when they are asked for; None without a text column."""
+        return self._texts if self._texts is None or self._numbers is None else self._texts[self._numbers.tolist()]
+
+    def batches(self, batch_size: int = 256, description: str | None = None, num_workers: int = 0):
+        """All images in order, as (B, C, H, W) batches; with a description, under a progress bar.
+
+        Workers are processes that read and decode them.
+        """
+        loader = torch.utils.data.DataLoader(self, batch_size=batch_size, num_workers=num_workers)
         for images, _ in progress_bar(loader, desc=description, disable=description is None, unit="batch"):
             yield images
 
     def hold_out(self, share: float) -> tuple[ImageData, ImageData]:
         """The images without a random share of them, and that share; always the same one."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         num_held_out = round(share * len(self))
         return self.subset(order[num_held_out:]), self.subset(order[:num_held_out])
 
-    def subset(self, index: list[int]) -> ImageData:
+    def subset(self, index: Sequence[int] | torch.Tensor) -> ImageData:
         """The images of these rows."""
-        texts = None if self.texts is None else [self.texts[i] for i in index]
-        numbers = [self._numbers[i] for i in index]
-        return ImageData(self.rows, self.labels[index], self.class_names, texts, self._to_tensor, numbers)
+        chosen = torch.as_tensor(index, dtype=torch.int64)
+        numbers = chosen if self._numbers is None else self._numbers[chosen]
+        return ImageData(self.rows, self.labels[chosen], self.class_names, self._texts, self._to_tensor, numbers)
 
     def images(self, description: str | None = None) -> torch.Tensor:
         """All images at once, (N, C, H, W)."""
@@ -122,7 +131,7 @@ def load_data(config: DataConfig) -> ImageData:
         rows=dataset.cast_column(config.image_column, datasets.Image())[config.image_column],
         labels=labels,
         class_names=class_names,
-        texts=list(dataset[config.text_column]) if config.text_column else None,
+        texts=dataset[config.text_column] if config.text_column else None,
         to_tensor=partial(image_to_tensor, size=config.image_size, num_channels=config.num_channels),
     )
 
@@ -172,9 +181,9 @@ def _class_labels(dataset: datasets.Dataset, column: str) -> tuple[torch.Tensor,
     if not column:
         return torch.full((len(dataset),), NO_CLASS), []
     feature = dataset.features[column]
-    values = list(dataset[column])
     if isinstance(feature, datasets.ClassLabel):
-        return torch.tensor(values), feature.names
+        return torch.tensor(dataset.with_format("numpy")[column][:]), feature.names
+    values = dataset[column][:]
     names = sorted(set(values))
     index = {name: i for i, name in enumerate(names)}
     return torch.tensor([index[value] for value in values]), [str(name) for name in names]

@@ -27,17 +27,17 @@ def guide(
     guidance_scale: float | torch.Tensor,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Guided logits u + s (c - u) (B, L, V) from one concatenated forward; s = 1 is the plain conditional forward.
+    """Guided logits u + s (c - u) (B, L, V), float32, from one concatenated forward; s = 1 is the conditional alone.
 
     The scale is one number, or, without `positions`, a tensor (B,) with one for each sample. With `positions` (M,),
     counted through the batch as b L + l, the logits are theirs (M, V).
     """
     if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
-        return denoiser(tokens, condition, **_positions(positions))
+        return denoiser(tokens, condition, **_positions(positions)).float()
     both = Condition.concatenate([condition, condition.null()])
     if positions is not None:
         positions = torch.cat([positions, positions + tokens.numel()])
-    logits = denoiser(torch.cat([tokens, tokens]), both, **_positions(positions))
+    logits = denoiser(torch.cat([tokens, tokens]), both, **_positions(positions)).float()
     conditional, unconditional = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     if isinstance(guidance_scale, torch.Tensor):
         guidance_scale = guidance_scale.to(conditional)[:, None, None]

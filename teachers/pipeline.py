@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_type_hints
@@ -13,8 +13,10 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from teachers.component import check_weights
 from teachers.conditions.condition import ClassCondition, ClassLabels, Condition, TextCondition
 from teachers.conditions.prompts import encode_prompts, micro_conditions
 from teachers.data import NO_CLASS
@@ -29,6 +31,7 @@ from teachers.tokenizers.vq import VQTokenizer
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+MAX_LOGITS = 2**27  # of a piece of a batch: half a GiB in float32, of which there are a few at a time
 
 # What components were called in folders of the time when a file's name was part of theirs.
 FORMER_NAMES = {
@@ -73,14 +76,21 @@ class TokenPipeline(DiffusionPipeline):
         """The pipeline of a folder or hub id; settings are those of diffusers.
 
         Raises ValueError where it asks for classes that are no part of one or have not been imported, or holds weights
-        that are not finite numbers. Weights are safetensors alone.
+        that are damaged, missing or not finite numbers. Weights are safetensors alone.
         """
-        cls._check_components(cls.load_config(name))
-        pipeline = super().from_pretrained(name, **{"use_safetensors": True, **settings})
-        for key, parameter in pipeline.denoiser.named_parameters():
-            if not parameter.isfinite().all():
-                raise ValueError(f"the weights in {name} are not finite numbers: {key}")
+        try:
+            pipeline = cls._open(name, **{"use_safetensors": True, **settings})
+        except SafetensorError as error:
+            raise ValueError(f"weights in {name} cannot be read; are they whole? ({error})") from error
+        for key, component in pipeline.components.items():
+            if isinstance(component, torch.nn.Module) and key not in settings:
+                check_weights(component, f"the {key} in {name}")
         return pipeline
+
+    @classmethod
+    def _open(cls, name: str | Path, **settings) -> Self:
+        cls._check_components(cls.load_config(name))
+        return super().from_pretrained(name, **settings)
 
     @classmethod
     def load_config(cls, name: Any, **settings) -> Any:
@@ -207,9 +217,18 @@ class TokenPipeline(DiffusionPipeline):
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
-        if self.tokenizer.dtype == torch.float16:
-            self.tokenizer.float()  # a VQ decoder overflows in half precision
         return self.tokenizer.decode(tokens)
+
+    def _pieces(self, condition: Condition, generator: Generators) -> Iterator[tuple[Condition, Generators]]:
+        """A batch in pieces whose logits fit into memory, with their generators."""
+        if isinstance(generator, list) and len(generator) != len(condition):
+            raise ValueError(
+                f"got {len(generator)} generators for a batch of {len(condition)}; pass one per sample or one"
+            )
+        size = max(1, MAX_LOGITS // (self.sequence_length * self.codebook_size))
+        for start in range(0, len(condition), size):
+            rows = slice(start, start + size)
+            yield condition.select(rows), generator[rows] if isinstance(generator, list) else generator
 
     def _output(self, tokens: torch.Tensor, nfe: float, output_type: str, return_dict: bool):
         if output_type not in OUTPUT_TYPES:
@@ -247,6 +266,9 @@ class MaskedDiffusionPipeline(TokenPipeline):
     The settings are the defaults for drawing tokens, saved with the pipeline: `guidance_scale` s in u + s (c - u),
     `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`, and
     the `negative_prompt` that guidance leads away from.
+
+    `from_pretrained` also opens aMUSEd, Meissonic and Monetico as they were published, with the settings of
+    `published_components`.
     """
 
     sampler: Sampler
@@ -284,14 +306,10 @@ class MaskedDiffusionPipeline(TokenPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **settings) -> Self:
-        """The pipeline of a folder or hub id: our own, or one of aMUSEd, Meissonic or Monetico as it was published.
-
-        Settings are those of diffusers, and for published ones those of `published_components`.
-        """
+    def _open(cls, name: str | Path, **settings) -> Self:
         if is_published(name):
             return cls(**published_components(name, **settings))
-        return super().from_pretrained(name, **settings)
+        return super()._open(name, **settings)
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
         """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
@@ -324,15 +342,18 @@ class MaskedDiffusionPipeline(TokenPipeline):
         condition = self._condition(prompt, class_labels, condition, batch_size, negative_prompt)
         guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
         check_guidance(self.denoiser, guidance_scale)
-        denoise = GuidedDenoiser(
-            self.denoiser,
-            condition,
-            guidance_scale,
-            config.guidance_ramp,
-            temperature=config.temperature if temperature is None else temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
-        tokens = torch.full((len(condition), self.sequence_length), self.mask_token_id, device=self.device)
-        tokens = self.sampler(denoise, tokens, num_inference_steps=num_inference_steps, generator=generator)
-        return self._output(tokens, denoise.nfe.double().mean().item(), output_type, return_dict)
+        tokens, evaluations = [], 0
+        for piece, generators in self._pieces(condition, generator):
+            denoise = GuidedDenoiser(
+                self.denoiser,
+                piece,
+                guidance_scale,
+                config.guidance_ramp,
+                temperature=config.temperature if temperature is None else temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+            )
+            masks = torch.full((len(piece), self.sequence_length), self.mask_token_id, device=self.device)
+            tokens.append(self.sampler(denoise, masks, num_inference_steps=num_inference_steps, generator=generators))
+            evaluations += int(denoise.nfe.sum())
+        return self._output(torch.cat(tokens), evaluations / len(condition), output_type, return_dict)

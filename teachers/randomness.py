@@ -5,11 +5,14 @@ what a sample gets does not depend on the batch, the process or the device that 
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
 Generators = torch.Generator | list[torch.Generator] | None
+GOLDEN_RATIO, MIX = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # of SplitMix64
 CHUNK = 2**20  # numbers worked on at a time: they stay in the caches of a CPU, and small on a GPU
 
 
@@ -34,9 +37,41 @@ def rand(*shape: int, generator: Generators, device: torch.device | str = "cpu")
     return _draw(torch.rand, shape, generator, device)
 
 
-def randn(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Standard normal numbers of the shape, whose first axis is the batch."""
-    return _draw(torch.randn, shape, generator, device)
+def noise(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard normal numbers of the shape, whose first axis is the batch, worked out on the device.
+
+    There may be millions of them, for which a GPU would have to wait if they came from generators on the CPU. So these
+    give one number for each sample, the seed of SplitMix64 (Steele, Lea and Flood, 2014), whose n-th number is a
+    function of the seed and n, the same on every device; Box and Muller's transform makes two normal numbers of each.
+    """
+    seeds = _draw(partial(torch.randint, 2**63 - 1), shape[:1], generator, device)
+    num_drawn = math.prod(shape[1:])
+    counter = torch.arange(1, -(-num_drawn // 2) + 1, device=device)
+    normal = [
+        box_muller(split_mix(some_seeds[:, None], counter))[:, :num_drawn]
+        for some_seeds in seeds.split(max(1, CHUNK // (num_drawn + 1)))
+    ]
+    return torch.cat(normal).view(shape)
+
+
+def split_mix(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """The numbers (B, N) of SplitMix64, 64 bits each, for seeds (B, 1) and places (N,) from 1 on."""
+    bits = counter * GOLDEN_RATIO + seed  # modulo 2^64, as integers do here
+    for shift, factor in MIX:
+        bits.bitwise_xor_(_shifted(bits, shift)).mul_(factor)
+    return bits.bitwise_xor_(_shifted(bits, 31))
+
+
+def _shifted(bits: torch.Tensor, shift: int) -> torch.Tensor:
+    """To the right, with zeros from the left."""
+    return (bits >> shift).bitwise_and_(2 ** (64 - shift) - 1)
+
+
+def box_muller(bits: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers (B, 2 N) of 64 random bits each (B, N): sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)."""
+    radius = (_shifted(bits, 32).float().add_(0.5).mul_(2.0**-32)).log_().mul_(-2).sqrt_()
+    angle = bits.bitwise_and(2**32 - 1).float().mul_(2 * math.pi * 2.0**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
 def _draw(function, shape: tuple[int, ...], generator: Generators, device: torch.device | str) -> torch.Tensor:

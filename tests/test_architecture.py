@@ -20,8 +20,11 @@ ROOMS = [
     {"teachers.denoiser"},
     {"teachers.tokenizers", "teachers.conditions"},
     {"teachers.data", "teachers.corruption"},
-    {"teachers.component", "teachers.folder", "teachers.progress", "teachers.randomness"},
-]
+    {
+        "teachers.component", "teachers.folder", "teachers.progress", "teachers.randomness", "teachers.shards",
+        "teachers.sharing",
+    },
+]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 PACKAGES = ("teachers", "students", "distill", "eval", "scripts")
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_published import meissonic_folder
+from tiny_text import amused_folder
 
 from distill.config import load_config
 from distill.jobs.student import StudentJob, load_teacher
@@ -120,6 +123,95 @@ def test_an_index_that_names_other_classes_or_places_is_refused(folder, tmp_path
     (folder / "model_index.json").write_text(json.dumps(index | {name: entry}))
     refused(folder, "model_index.json is refused")
     assert not (tmp_path / "imported").exists()
+
+
+def saved_again(path):
+    MaskedDiffusionPipeline.from_pretrained(amused_folder(path.with_name("amused"))).save_pretrained(path)
+    return path
+
+
+TEXT_LAYOUTS = {"amused": amused_folder, "monetico": partial(meissonic_folder, resampling=False), "ours": saved_again}
+NETWORKS = [(layout, part) for layout in ("amused", "monetico") for part in ("transformer", "vqvae", "text_encoder")]
+NETWORKS += [("ours", part) for part in ("denoiser", "tokenizer", "text_encoder")]
+
+
+@pytest.fixture
+def text_folder(request, tmp_path):
+    """A teacher of text in a layout, and the file with the weights of one of its networks."""
+    layout, part = request.param
+    folder = TEXT_LAYOUTS[layout](tmp_path / "teacher")
+    (weights,) = (folder / part).glob("*.safetensors")
+    return folder, weights
+
+
+every_network = pytest.mark.parametrize("text_folder", NETWORKS, ids="-".join, indirect=True)
+
+
+@every_network
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_of_any_network_that_are_no_numbers_are_refused(text_folder, value):
+    folder, path = text_folder
+    weights = load_file(path)
+    key = max(weights)
+    weights[key].flatten()[-1] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    refused(folder, rf"not finite numbers: (\w+\.)?{key}")
+
+
+@every_network
+def test_a_pickle_in_place_of_any_network_s_weights_is_not_opened(text_folder):
+    folder, path = text_folder
+    name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+    refused(folder, "safetensors")
+
+
+@every_network
+def test_damaged_weights_of_any_network_are_refused(text_folder):
+    folder, path = text_folder
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(folder, r"cannot be read|Unable to load")
+
+
+@pytest.mark.parametrize(
+    "text_folder", [case for case in NETWORKS if case[1] != "text_encoder"], ids="-".join, indirect=True
+)
+def test_missing_weights_are_named(text_folder):
+    folder, path = text_folder
+    weights = load_file(path)
+    key = max(weights)
+    del weights[key]
+    save_file(weights, path, metadata={"format": "pt"})
+    refused(folder, rf"has no weights (\w+\.)?{key}")
+
+
+@pytest.mark.parametrize("layout", ["amused", "monetico"])
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("transformer", ["evil", "Network"]),
+        ("transformer", ["evil", "UVit2DModel"]),
+        ("vqvae", ["diffusers", "AutoencoderKL"]),
+        ("text_encoder", ["transformers", "AutoModel"]),
+        ("scheduler", ["os", "system"]),
+        ("../outside", ["diffusers", "VQModel"]),
+    ],
+)
+def test_an_index_of_a_published_layout_that_names_other_classes_is_refused(tmp_path, layout, name, entry):
+    folder = TEXT_LAYOUTS[layout](tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {name: entry}))
+    refused(folder, "model_index.json is refused")
+
+
+@pytest.mark.parametrize("layout", ["amused", "monetico"])
+@pytest.mark.parametrize("part", ["transformer", "vqvae"])
+@pytest.mark.parametrize("name", ["UNet2DModel", None])
+def test_a_published_configuration_of_another_class_is_refused(tmp_path, layout, part, name):
+    path = TEXT_LAYOUTS[layout](tmp_path / "teacher") / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
+    refused(tmp_path / "teacher", f"{part}/config.json is refused: it names diffusers.{name}")
 
 
 def test_code_beside_the_weights_is_not_imported(folder, tmp_path):

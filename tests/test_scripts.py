@@ -1,11 +1,14 @@
 """The entry points, called as commands would call them."""
 
+import argparse
 import json
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
+from eval.sampling import add_device_options, open_pipeline, pipeline_digest
 from students import OneStepPipeline
 from teachers import MaskedDiffusionPipeline
 
@@ -30,13 +33,26 @@ def test_from_run_to_samples_measurements_and_timings(command):
 
     assert command("sample.py", "one", "--output", "grid.png", "--class-labels", 3, 7, "--num-rows", 2)[0] == 0
     assert PIL.Image.open("grid.png").size == (2 * 34, 2 * 34)
+    assert command("sample.py", "one", "--output", "half.png", "--dtype", "bfloat16")[0] == 0
 
     status, last, errors = command("evaluate.py", "one", "--num-images", 200, "--classifier", "classifier")
     assert status == 0, errors
     result = json.loads(last)
     assert {"fd", "kd", "precision", "recall", "class_consistency"} <= result.keys()
     assert result["protocol"]["num_images"] == 200
+    assert result["protocol"]["reference"].startswith("1797 images of digits, sha256 ")
     assert result["nfe"] == 1
+    (output,) = Path("runs/evaluation").iterdir()
+    assert len(output.name) == 12
+    kept = sorted((path.name, path.stat().st_mtime_ns) for path in output.glob("*.safetensors"))
+    assert len(kept) == 2 + 2
+    again = command("evaluate.py", "one", "--num-images", 200, "--classifier", "classifier")[1]
+    assert json.loads(again) == result
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in output.glob("*.safetensors")) == kept
+    few = ["one", "--num-images", 20, "--classifier", "classifier", "--output", "bf16", "--dtype", "bfloat16"]
+    status, last, errors = command("evaluate.py", *few)
+    assert status == 0, errors
+    assert json.loads(last)["protocol"]["dtype"] == "bfloat16"
 
     both = ["--teacher", "teacher", "--student", "one"]
     arguments = [
@@ -92,6 +108,7 @@ def test_mistakes_are_one_line(command):
     for script, arguments, message in [
         ("sample.py", ["nowhere", "--output", "x.png"], "no pipeline in nowhere"),
         ("sample.py", ["teacher", "--output", "x.png", "--class-labels", 12], "class label 12 is out of range"),
+        ("sample.py", ["teacher", "--output", "x.png", "--device", "warp"], "--device warp cannot be used"),
         ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
         ("evaluate.py", ["teacher", "nam=digits"], "did you mean name?"),
         ("evaluate.py", ["teacher", "--features", "inception", "--inception-path", "no"], "no Inception weights"),
@@ -106,6 +123,32 @@ def test_mistakes_are_one_line(command):
         assert message in lines[0]
     assert not Path("x").exists()
     assert not Path("other").exists()
+
+
+def test_a_pipeline_is_opened_where_and_as_the_options_say(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path / "teacher")
+    parser = argparse.ArgumentParser()
+    add_device_options(parser)
+    for options, device, dtype in [
+        ([], "cuda" if torch.cuda.is_available() else "cpu", torch.float32),
+        (["--device", "meta", "--dtype", "bfloat16"], "meta", torch.bfloat16),
+        (["--device", "cpu", "--dtype", "float16"], "cpu", torch.float16),
+    ]:
+        opened = open_pipeline(tmp_path / "teacher", parser.parse_args(options))
+        assert (opened.device.type, opened.dtype) == (device, dtype)
+
+
+def test_figures_of_other_weights_or_settings_are_of_another_protocol(teacher):
+    digests = [pipeline_digest(teacher)]
+    assert pipeline_digest(teacher) == digests[0]
+    teacher.register_to_config(temperature=0.5)
+    digests.append(pipeline_digest(teacher))
+    teacher.sampler.register_to_config(num_inference_steps=2)
+    digests.append(pipeline_digest(teacher))
+    with torch.no_grad():
+        next(teacher.denoiser.parameters()).view(-1)[0] += 1e-3
+    digests.append(pipeline_digest(teacher))
+    assert len(set(digests)) == 4
 
 
 @pytest.mark.usefixtures("run")

@@ -91,7 +91,7 @@ def test_guidance_is_refused(unconditional):
 
 def test_random_tokens_are_of_the_one_marginal(unconditional):
     initialiser = TokenInitialiser.for_teacher(unconditional, "marginal", mask_ratio=(0.0, 0.0))
-    marginal = teacher_marginals(unconditional, all_classes(unconditional))
+    (marginal,) = teacher_marginals(unconditional, all_classes(unconditional))
     assert marginal.shape == (1, 16, 16)
     condition = unconditional.encode_condition([None] * 20_000)
     tokens = initialiser.random_tokens(condition, torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -140,7 +140,7 @@ def shift_images(images: torch.Tensor, largest: int, generators: list[torch.Gene
     )
 
 
-def make_text_tokenizer(captions: list[str], config: CLIPNetworkConfig) -> CLIPTokenizer:
+def make_text_tokenizer(captions: Sequence[str], config: CLIPNetworkConfig) -> CLIPTokenizer:
     """CLIP's kind of tokenizer, its vocabulary found in the captions."""
     blank = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])
     tokenizer = blank.train_new_from_iterator(captions, vocab_size=config.vocabulary_size)

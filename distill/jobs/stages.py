@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -44,9 +43,6 @@ def launch(script: Path, config: Path, output: Path, *overrides: str) -> None:
 
     Goes on from the checkpoints in the output folder, if there are any.
     """
-    resume = any((output / "checkpoints").glob("step-*"))
-    if not resume:
-        shutil.rmtree(output, ignore_errors=True)  # what ended before its first checkpoint starts anew
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = dict(os.environ)
@@ -57,6 +53,6 @@ def launch(script: Path, config: Path, output: Path, *overrides: str) -> None:
         command += ["--num_cpu_threads_per_process", "1"]
         environment["OMP_NUM_THREADS"] = "1"
     command += [str(script), "--config", str(config), f"output={output}"]
-    command += [f"training.resume={str(resume).lower()}", *overrides]
+    command += ["training.resume=true", *overrides]
     print("$ accelerate launch " + " ".join(command[3:]), flush=True)
     subprocess.run(command, env=environment, check=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
+from torch import nn
 
 from distill.config import choice, load_config, section, setting
 from distill.jobs.run import open_run
 from distill.loop.alarms import AlarmConfig
-from distill.loop.checkpoint import best_checkpoint, newest_checkpoint, verify_checkpoint
+from distill.loop.checkpoint import best_checkpoint, newest_checkpoint, step_of, verify_checkpoint
 from distill.loop.config import TrainingConfig
-from distill.loop.state import restore, trained_parameters
+from distill.loop.state import SavedTensors, restore, trained_parameters
 from distill.loop.trainer import AVERAGED, Trainer
 from distill.methods import METHODS
 from students.adapters import make_learner, merged
@@ -32,6 +32,13 @@ from teachers.folder import new_folder
 from teachers.networks.recompute import recompute_activations
 from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 from teachers.randomness import derive_seed, rand
+from teachers.sharing import each_once
+
+TEACHER_DTYPES: dict[str, Callable[[Any], nn.Module]] = {
+    "float32": nn.Module.float,
+    "bfloat16": nn.Module.bfloat16,
+    "float16": nn.Module.half,
+}
 
 
 @dataclass
@@ -59,6 +66,7 @@ class StudentJob:
     """Distil a teacher into a one-step student."""
 
     teacher: str = setting("runs/teacher/pipeline", "folder or hub id of a MaskedDiffusionPipeline")
+    teacher_dtype: str = setting("float32", "of the frozen teacher's weights: float32, bfloat16 or float16")
     output: str = setting("runs/student", "folder of the run; scripts/export.py makes a OneStepPipeline of it")
     adapter_rank: int = setting(0, "learn LoRA adapters of this rank on the teacher's frozen weights; 0: all weights")
     freeze_embeddings: bool = setting(True, "keep the embeddings and the output layer tied to them as the teacher's")
@@ -80,6 +88,10 @@ class StudentJob:
     def __post_init__(self) -> None:
         if self.adapter_rank < 0:
             raise ValueError(f"adapter_rank={self.adapter_rank} must be 0 or more")
+        if self.teacher_dtype not in TEACHER_DTYPES:
+            raise ValueError(f"teacher_dtype={self.teacher_dtype!r}; choose from {', '.join(TEACHER_DTYPES)}")
+        if self.teacher_dtype != "float32" and self.training.mixed_precision == "no":
+            raise ValueError(f"teacher_dtype={self.teacher_dtype} needs training.mixed_precision=bf16 or fp16")
 
 
 Monitor = Callable[[OneStepPipeline, Conditions, int, Callable[[], None]], dict[str, float]]
@@ -103,17 +115,22 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     teacher, method_class = load_teacher(job.teacher), METHODS[job.method.name]
     method_class.check(job.method, teacher.denoiser)
     accelerator, output = open_run(job)
+    if job.teacher_dtype != "float32" and accelerator.device.type == "cpu":
+        raise ValueError(
+            f"teacher_dtype={job.teacher_dtype} is for GPUs: under autocast, a CPU has no layer norm of such weights; "
+            "leave it at float32"
+        )
     accelerator.print(cost_summary(teacher))
 
     # The teacher is never prepared: it would be wrapped for gradients and written into every checkpoint.
     teacher.to(accelerator.device)
     teacher.denoiser.eval().requires_grad_(False)
-    with accelerator.main_process_first():
-        conditions = open_conditions(job, teacher, output)
-        initialiser = make_initialiser(job, teacher, conditions, output)
+    conditions = open_conditions(job, teacher, output)
+    initialiser = make_initialiser(job, teacher, conditions, output)
     torch.manual_seed(derive_seed(job.training.seed, "adapters"))
     learner = partial(learner_of, job, teacher.denoiser)
     method = method_class(job.method, teacher.denoiser, initialiser, learner, compiled=job.training.compile)
+    TEACHER_DTYPES[job.teacher_dtype](teacher.denoiser)  # now that learners were made of it, in float32
     if job.training.compile:
         teacher.denoiser.compile_repeated_blocks()
 
@@ -125,7 +142,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         return monitor(pipeline(network), conditions, step, heartbeat)
 
     def draw_condition(step: int, places: range, generators: list[torch.Generator]) -> Condition:
-        uniform = rand(len(places), 1, generator=generators, device=accelerator.device).squeeze(1)
+        uniform = rand(len(places), 1, generator=generators).squeeze(1)
         return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
 
     trainer = Trainer(
@@ -143,16 +160,16 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 
 
 def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
-    """All classes, or none, or the prompts: encoded into the run's folder once, and the text encoder is let go."""
+    """All classes, or none, or the prompts: encoded once for all runs, and the text encoder is let go."""
     if teacher.condition_kind != "text":
         return all_classes(teacher)
     if not job.prompts.name:
         raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
     prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt
-    folder = output / "prompts"
+    parent = Path(job.prompts.cache) if job.prompts.cache else output.parent / "prompts"
     assert teacher.text_encoder is not None
     assert teacher.text_tokenizer is not None
-    write_prompt_cache(folder, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
+    folder = write_prompt_cache(parent, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
     teacher.register_modules(text_encoder=None, text_tokenizer=None)
     return PromptCache(folder, teacher.tokenizer.config.image_size)
 
@@ -162,8 +179,8 @@ def make_initialiser(
 ) -> TokenInitialiser:
     """The initialiser in the run's folder, put there first if it is not."""
     folder = output / "initialiser"
-    if not folder.exists():
-        with new_folder(folder) as staging:
+    for missing in each_once([folder]):
+        with new_folder(missing) as staging:
             initialiser = TokenInitialiser.for_teacher(teacher, conditions=conditions, **asdict(job.initial))
             initialiser.save_pretrained(staging)
     return TokenInitialiser.from_pretrained(folder).to(teacher.device)
@@ -185,11 +202,17 @@ def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, Studen
     Raises FileNotFoundError where there is none, ValueError where the best one is damaged.
     """
     job = load_job(run)
-    checkpoint = find_best(run) if best else newest_checkpoint(run / "checkpoints")
-    step = verify_checkpoint(checkpoint)
+    if best:
+        checkpoint = find_best(run)
+        verify_checkpoint(checkpoint)
+    else:
+        checkpoint = newest_checkpoint(run / "checkpoints")
+    step = step_of(checkpoint)
     teacher = load_teacher(job.teacher)
+    if job.adapter_rank:
+        TEACHER_DTYPES[job.teacher_dtype](teacher.denoiser)  # what the adapters learnt beside
     learner: Any = make_learner(teacher.denoiser, job.freeze_embeddings, job.adapter_rank)
-    restore(trained_parameters(learner), load_file(checkpoint / AVERAGED))
+    restore(trained_parameters(learner), SavedTensors(checkpoint, AVERAGED))
     student = merged(learner).requires_grad_(False)
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
     pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)

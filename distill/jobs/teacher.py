@@ -21,13 +21,16 @@ from teachers.conditions.condition import ClassLabels, Condition, Conditions
 from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.denoiser import Denoiser
+from teachers.folder import new_folder
 from teachers.networks.amused import AmusedDenoiser
 from teachers.networks.maskgit import MaskGITTransformer
 from teachers.networks.recompute import recompute_activations
 from teachers.objectives import OBJECTIVES
 from teachers.pipeline import MaskedDiffusionPipeline, all_classes
-from teachers.randomness import derive_seed
+from teachers.randomness import derive_seed, to_device
 from teachers.samplers.maskgit import ORDERS, MaskGITSampler
+from teachers.shards import MappedRows
+from teachers.sharing import each_once
 from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.token_cache import TokenCache, load_token_cache
 
@@ -93,12 +96,11 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
     check_columns(job, data)
     accelerator, output = open_run(job)
-    with accelerator.main_process_first():
-        if isinstance(data, ImageData):
-            data = tokenise(job, data, output / "tokenizer")
-        conditions: Conditions = ClassLabels(data.labels)
-        if job.text_encoder:
-            conditions = encode_captions(job, data, output / "prompts")
+    if isinstance(data, ImageData):
+        data = tokenise(job, data, output / "tokenizer")
+    conditions: Conditions = ClassLabels(data.labels)
+    if job.text_encoder:
+        conditions = encode_captions(job, data, output.parent / "prompts", accelerator.device)
     tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = make_denoiser(job, data, conditions)
@@ -148,10 +150,12 @@ def check_columns(job: TeacherJob, data: ImageData | TokenCache) -> None:
         raise ValueError("there are no captions for the text_encoder: name their column (data.text_column)")
 
 
-def encode_captions(job: TeacherJob, data: TokenCache, folder: Path) -> PromptCache:
-    """The captions' encodings, from the folder; without the text encoder's staying in memory."""
+def encode_captions(job: TeacherJob, data: TokenCache, parent: Path, device: torch.device) -> PromptCache:
+    """The captions' encodings, in a folder of `parent`; without the text encoder's staying in memory."""
     assert data.texts is not None
-    write_prompt_cache(folder, *load_text_modules(job.text_encoder), data.texts)
+    text_encoder: Any  # transformers declares its `to` as if it took a network
+    text_encoder, text_tokenizer = load_text_modules(job.text_encoder)
+    folder = write_prompt_cache(parent, text_encoder.to(device), text_tokenizer, data.texts[:])
     return PromptCache(folder, data.tokenizer.config.image_size)
 
 
@@ -202,9 +206,9 @@ def make_denoiser(job: TeacherJob, data: TokenCache, conditions: Conditions) -> 
 def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
     """The tokens of images, by the patch tokenizer in the folder or one that is fitted and put there."""
     images = data.images()
-    if not folder.exists():  # k-means may not repeat itself to the bit
-        tokenizer = PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer))
-        tokenizer.save_pretrained(folder)
+    for missing in each_once([folder]):  # k-means may not repeat itself to the bit
+        with new_folder(missing) as staging:
+            PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer)).save_pretrained(staging)
     tokenizer = PatchTokenizer.from_pretrained(folder)
     return TokenCache(tokenizer.encode(images), data.labels, data.class_names, data.texts, tokenizer)
 
@@ -212,10 +216,16 @@ def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
 class TokenBatches:
     """Batches of a tokenised data set; a pure function of seed, step and places."""
 
-    def __init__(self, tokens: torch.Tensor, conditions: Conditions, config: TrainingConfig, device: torch.device):
+    def __init__(
+        self,
+        tokens: torch.Tensor | MappedRows,
+        conditions: Conditions,
+        config: TrainingConfig,
+        device: torch.device,
+    ):
         self.tokens, self.conditions, self.device = tokens, conditions, device
         self.rows = ShuffledRows(len(tokens), config.batch_size, config.seed)
 
     def __call__(self, step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, Condition]:
         rows = self.rows(step, places)
-        return self.tokens[rows].long().to(self.device), self.conditions.condition(rows, self.device)
+        return to_device(self.tokens[rows].long(), self.device), self.conditions.condition(rows, self.device)

@@ -6,7 +6,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from distill.loop.config import TrainingConfig
 from distill.loop.launch import asked
@@ -23,6 +25,11 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         project_dir=str(output),
     )
     _shard_on_cpu(accelerator)
+    if accelerator.is_fsdp2:
+        policy = shard_precision(config.mixed_precision, accelerator.device)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if accelerator.device.type == "cuda" and config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")  # for the last product: of bfloat16's numbers nothing is lost
     if config.mixed_precision == "fp16":
         accelerator.native_amp = True  # on a CPU it would run in full precision without a word
     share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)
@@ -36,6 +43,23 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         f"{accelerator.num_processes} x {accelerator.device.type}{shared}, mixed precision: {config.mixed_precision}"
     )
     return accelerator
+
+
+def shard_precision(mixed_precision: str, device: torch.device) -> MixedPrecisionPolicy:
+    """Weights are gathered in half precision; gradients are added up, and hidden states handed on, in float32.
+
+    That is what DDP under autocast does. Accelerate's own policy adds gradients up in half precision, and torch's hands
+    hidden states on in it. On a CPU weights are gathered as they are: under autocast it has no layer norm of halves.
+    """
+    if mixed_precision == "no":
+        return MixedPrecisionPolicy()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return MixedPrecisionPolicy(
+        param_dtype=None if device.type == "cpu" else half,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
 
 
 def _refuse_other_launches() -> None:

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: staged, hashed, renamed into place.
 
 A checkpoint is a folder `step-000100` whose `manifest.json`, written last, holds the size and SHA-256 of every file.
-It holds safetensors and JSON, and nothing that could run code.
+It holds safetensors and JSON, and nothing that could run code. All processes write, hash and verify, each its share.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
 from safetensors import SafetensorError
 
+from distill.loop.host import from_main_process, gather_on_host
 from teachers.folder import file_digest, new_file, sync
 
 logger = logging.getLogger(__name__)
@@ -26,34 +27,39 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 
 
-def save_checkpoint(
-    accelerator: Accelerator, directory: Path, step: int, keep: int, contents: Iterable[Callable[[Path], object]]
-) -> bool:
+Files = dict[str, dict[str, int | str]]
+
+
+def save_checkpoint(directory: Path, step: int, keep: int, contents: Iterable[Callable[[Path], Path | None]]) -> bool:
     """Save a checkpoint, then remove all but the newest `keep` and the best. All processes call it.
 
-    `contents` are functions that write parts of it into a folder: every process draws them (a sharded state has to be
-    gathered by all), the main one calls them. False, with a warning, if the disk does not take it: then the earlier
-    checkpoints are as they were.
+    `contents` are functions that write a part of this process's share into a folder and return the file, if there is
+    one; all processes have equally many, since a sharded state has to be gathered by all. False, with a warning, if a
+    disk does not take it: then the earlier checkpoints are as they were.
     """
-    staging, failure = directory / f".staging-{step:06d}", None
-    if accelerator.is_main_process:
-        failure = _attempt(partial(_make_empty, directory, staging))
+    staging, is_main = directory / f".staging-{step:06d}", PartialState().is_main_process
+    failure = from_main_process(_attempt(partial(_make_empty, directory, staging)) if is_main else None)
+    files: Files = {}
     for write in contents:
-        if accelerator.is_main_process and failure is None:
-            failure = _attempt(partial(write, staging))
-    if accelerator.is_main_process and failure is None:
-        failure = _attempt(partial(_put_in_place, staging, directory, step))
-    if failure is not None:
-        shutil.rmtree(staging, ignore_errors=True)
-        logger.warning("the checkpoint of step %d could not be saved: %s; earlier ones stay", step, failure)
-    elif accelerator.is_main_process:
-        _prune(directory, keep)
-    return broadcast_object_list([failure is None])[0]
+        if failure is None:
+            failure = _attempt(partial(_write, write, staging, files))
+    shares = gather_on_host((failure, files))
+    if is_main:
+        failure = next((failure for failure, _ in shares if failure is not None), None)
+        if failure is None:
+            files = {name: entry for _, files in shares for name, entry in files.items()}
+            failure = _attempt(partial(_put_in_place, staging, directory, step, files))
+        if failure is None:
+            _prune(directory, keep)
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+            logger.warning("the checkpoint of step %d could not be saved: %s; earlier ones stay", step, failure)
+    return from_main_process(failure is None)
 
 
 def newest_checkpoint(directory: Path) -> Path:
-    """The newest checkpoint that is whole; raises FileNotFoundError where there is none."""
-    for checkpoint in reversed(_checkpoints(directory)):
+    """The newest checkpoint that is whole; raises FileNotFoundError where there is none. All processes call it."""
+    for checkpoint in from_main_process(list(reversed(_checkpoints(directory)))):
         try:
             verify_checkpoint(checkpoint)
         except ValueError as error:
@@ -64,7 +70,21 @@ def newest_checkpoint(directory: Path) -> Path:
 
 
 def verify_checkpoint(checkpoint: Path) -> int:
-    """The step of a checkpoint, after every file was compared with its manifest; raises ValueError if one differs."""
+    """The step of a checkpoint, after every file was compared with its manifest; raises ValueError if one differs.
+
+    All processes call it, and each reads its share of the files.
+    """
+    manifest = _read_manifest(checkpoint)
+    state = PartialState()
+    share = list(manifest["files"].items())[state.process_index :: state.num_processes]
+    mistakes = [mistake for name, entry in share if (mistake := _difference(checkpoint / name, entry))]
+    for found in gather_on_host(mistakes):
+        if found:
+            raise ValueError(found[0])
+    return manifest["step"]
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     manifest_path = checkpoint / MANIFEST
     if not manifest_path.is_file():
         raise ValueError(f"{checkpoint} has no {MANIFEST}; it is not a whole checkpoint")
@@ -77,15 +97,18 @@ def verify_checkpoint(checkpoint: Path) -> int:
         raise ValueError(f"{manifest_path} is damaged: {error}") from None
     if checkpoint.name != _folder(checkpoint.parent, step).name or text != _manifest(step, files):
         raise ValueError(f"{manifest_path} is damaged: it is not the manifest of {checkpoint.name}")
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} lacks {name}")
-        if path.stat().st_size != expected["size"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, but {expected['size']} were written")
-        if file_digest(path) != expected["sha256"]:
-            raise ValueError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
-    return step
+    return {"step": step, "files": files}
+
+
+def _difference(path: Path, expected: dict[str, int | str]) -> str | None:
+    """In what a file is not the one that was written."""
+    if not path.is_file():
+        return f"{path.parent} lacks {path.name}"
+    if path.stat().st_size != expected["size"]:
+        return f"{path} has {path.stat().st_size} bytes, but {expected['size']} were written"
+    if file_digest(path) != expected["sha256"]:
+        return f"{path} is not what was written: its SHA-256 differs from the manifest's"
+    return None
 
 
 def mark_best(directory: Path, step: int, measure: str, value: float, keep: int) -> None:
@@ -114,8 +137,17 @@ def _prune(directory: Path, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)  # what cannot be removed must not end the run
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether there is any checkpoint, whole or not."""
+    return bool(_checkpoints(directory))
+
+
 def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-[0-9]*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(directory.glob("step-[0-9]*"), key=step_of)
 
 
 def _folder(directory: Path, step: int) -> Path:
@@ -136,16 +168,24 @@ def _make_empty(directory: Path, staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def _put_in_place(staging: Path, directory: Path, step: int) -> None:
-    files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(staging.rglob("*")):
-        if path.is_file():
-            sync(path)
-            files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": file_digest(path)}
+def _write(write: Callable[[Path], Path | None], staging: Path, files: Files) -> None:
+    """Write a part, and hash it while the system has it in memory still."""
+    path = write(staging)
+    if path is not None:
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _put_in_place(staging: Path, directory: Path, step: int, files: Files) -> None:
+    for name in files:
+        if not (staging / name).is_file():
+            raise OSError(
+                f"{staging / name} is not to be seen from the main process; all machines need one output folder"
+            )
     manifest = staging / MANIFEST
     manifest.write_text(_manifest(step, files))
-    for path in (manifest, *(folder for folder in staging.rglob("*") if folder.is_dir()), staging):
-        sync(path)
+    sync(manifest)
+    sync(staging)
     final = _folder(directory, step)
     if final.exists():  # damaged, or the run would have gone on from there
         shutil.rmtree(final)
@@ -153,17 +193,5 @@ def _put_in_place(staging: Path, directory: Path, step: int) -> None:
     sync(directory)
 
 
-def _manifest(step: int, files: dict[str, dict[str, int | str]]) -> str:
-    return json.dumps({"step": step, "files": files}, indent=2)
-
-
-def claim_output(output: Path, resume: bool) -> None:
-    """Make the output folder of a new run, or see that there is a run to resume; nothing is ever overwritten."""
-    if resume:
-        newest_checkpoint(output / "checkpoints")
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(
-            f"the output folder {output} is not empty; name another one, remove it, or go on with training.resume=true"
-        )
-    else:
-        output.mkdir(parents=True, exist_ok=True)
+def _manifest(step: int, files: Files) -> str:
+    return json.dumps({"step": step, "files": dict(sorted(files.items()))}, indent=2)

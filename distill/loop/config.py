@@ -38,7 +38,9 @@ class TrainingConfig:
     keep_best: str = setting("fd", "and the one where this measure was lowest; empty: none")
     max_nonfinite_steps: int = setting(10, "the run ends after this many steps in a row without finite gradients")
     tracker: str = setting("tensorboard", "tensorboard, wandb or none; metrics.jsonl is written always")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in the output folder")
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint in the output folder, or start if there is none"
+    )
 
     def __post_init__(self) -> None:
         for name in (

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
+from distill.loop.host import on_any_process
+
+STOP_FILE = "stop"  # in the folder of a run: where no signal gets through to the processes
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -16,19 +20,18 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether any process of the run was asked to stop."""
+    """Whether any process of the run was asked to stop, by a signal or by a file `stop` in its folder."""
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator, self._made = accelerator, False
+    def __init__(self, output: Path):
+        self._file, self._made = output / STOP_FILE, False
 
     def make(self) -> None:
         self._made = True
 
     def is_made(self) -> bool:
         """The same on all processes, which all call it, so that they leave together."""
-        if self._made:
-            self._accelerator.set_trigger()
-        stop = self._accelerator.check_trigger()
+        asked = PartialState().is_main_process and self._file.exists()
+        stop = on_any_process(self._made or asked)
         self._made |= stop  # never taken back: a signal that came meanwhile is for the next time
         return stop
 

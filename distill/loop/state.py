@@ -6,42 +6,101 @@ number of processes, or sharded in another way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def gather(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Whole copies in the CPU's memory, on the processes that keep them; all processes call it."""
+def gather(
+    tensors: dict[str, torch.Tensor], is_kept: Callable[[int], bool] = lambda number: True
+) -> dict[str, torch.Tensor]:
+    """Whole copies in the CPU's memory of the tensors that this process keeps, by number; all processes call it."""
     gathered = {}
-    for name, tensor in tensors.items():
+    for number, (name, tensor) in enumerate(tensors.items()):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if keep:
+        if is_kept(number):
             gathered[name] = whole.detach().to("cpu", copy=True).contiguous()
     return gathered
 
 
+def save_share(
+    name: str, tensors: dict[str, torch.Tensor], process: int, num_processes: int, folder: Path
+) -> Path | None:
+    """Write the tensors that one of the processes keeps, if it keeps any, into a file of its own, and return it."""
+    suffix = "" if num_processes == 1 else f"-{process:05d}-of-{num_processes:05d}"
+    path = folder / f"{name}{suffix}.safetensors"
+    if tensors:
+        save_file(tensors, path)
+    return path if tensors else None
+
+
+class SavedTensors:
+    """What processes saved under one name in a folder, in one file or in many, read when it is asked for."""
+
+    def __init__(self, folder: Path, name: str):
+        paths = [*folder.glob(f"{name}.safetensors"), *folder.glob(f"{name}-*-of-*.safetensors")]
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            file: Any = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def keys(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> list[int]:
+        return self._files[name].get_slice(name).get_shape()
+
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The whole tensor, or a part of it."""
+        file = self._files[name]
+        return file.get_slice(name)[part] if part else file.get_tensor(name)
+
+
 @torch.no_grad()
-def restore(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Copy whole tensors into tensors that may be sharded; all processes call it.
+def restore(tensors: Mapping[str, torch.Tensor], saved: SavedTensors) -> None:
+    """Copy what was saved into tensors, of those that are sharded their own part alone.
 
     Raises ValueError where names or shapes differ.
     """
-    if tensors.keys() != state.keys():
-        differing = sorted(tensors.keys() ^ state.keys())
+    if tensors.keys() != saved.keys():
+        differing = sorted(tensors.keys() ^ saved.keys())
         raise ValueError(f"the state is of another network: {', '.join(differing[:3])} are in one and not in the other")
     for name, tensor in tensors.items():
-        whole = state[name]
-        if whole.shape != tensor.shape:
-            raise ValueError(f"the state is of another network: {name} is {[*whole.shape]}, not {[*tensor.shape]}")
+        if saved.shape(name) != [*tensor.shape]:
+            raise ValueError(f"the state is of another network: {name} is {saved.shape(name)}, not {[*tensor.shape]}")
         if isinstance(tensor, DTensor):
-            whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(whole)
+            shape, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            part = tuple(slice(start, start + size) for start, size in zip(first, shape, strict=True))
+            tensor.to_local().copy_(saved.read(name, part))
+        else:
+            tensor.copy_(saved.read(name))
+
+
+def local_parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What of tensors that may be sharded lies on this process: plain tensors, which torch works on many at a time."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def shards_like(tensors: list[torch.Tensor], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Parts as what they are: shards of whole tensors that are sharded as these."""
+    return [
+        DTensor.from_local(
+            part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+        if isinstance(tensor, DTensor)
+        else part
+        for tensor, part in zip(tensors, parts, strict=True)
+    ]
 
 
 def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,20 +16,29 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distill.loop.alarms import AlarmConfig, Alarms
-from distill.loop.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint
+from distill.loop.checkpoint import best_checkpoint, has_checkpoints, mark_best, newest_checkpoint, save_checkpoint
 from distill.loop.config import TrainingConfig
+from distill.loop.host import from_main_process
 from distill.loop.loss_scale import LossScale
 from distill.loop.signals import Stopped, StopRequest
-from distill.loop.state import adam_state, gather, restore, trained_parameters, trained_state
+from distill.loop.state import (
+    SavedTensors,
+    adam_state,
+    gather,
+    local_parts,
+    restore,
+    save_share,
+    shards_like,
+    trained_parameters,
+    trained_state,
+)
 from distill.loop.task import Task
 from distill.loop.throughput import Throughput
 from teachers.progress import progress_bar
@@ -37,7 +46,7 @@ from teachers.randomness import derive_seed, sample_generators
 
 logger = logging.getLogger(__name__)
 
-STATE, AVERAGED = "trainer.json", "averaged.safetensors"
+STATE, AVERAGED = "trainer.json", "averaged"
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"  # the first is a function of the seed, the second of the machine
 
 Evaluation = Callable[[Any, int, Callable[[], None]], dict[str, float]]
@@ -47,7 +56,7 @@ def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluat
     """An evaluation by the main process alone, whose measures all get."""
 
     def broadcast(network: Any, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
-        return broadcast_object_list([evaluate(network, step) if PartialState().is_main_process else None])[0]
+        return from_main_process(evaluate(network, step) if PartialState().is_main_process else None)
 
     return broadcast
 
@@ -55,8 +64,8 @@ def on_main_process(evaluate: Callable[[Any, int], dict[str, float]]) -> Evaluat
 class Trainer:
     """Trains the networks of a task.
 
-    Each has an optimizer of its own. The averaged weights of the one that the task names are evaluated and saved,
-    `averaged.safetensors` in each checkpoint.
+    Each has an optimizer of its own. The averaged weights of the one that the task names are evaluated and saved, as
+    `averaged` in each checkpoint.
 
     Args:
         draw_batch: (step, places in the global batch, a generator for each place) -> what the task takes as batch.
@@ -86,7 +95,7 @@ class Trainer:
         self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
         self._nonfinite_in_a_row = 0
         self._unread: list[tuple[int, tuple[str, ...], torch.Tensor]] = []  # updates, and 1 where they were left out
-        self._stop = StopRequest(accelerator)
+        self._stop = StopRequest(output)
 
         self._averaged_network = copy.deepcopy(task.networks[task.averaged]).cpu().eval()
         self.networks: dict[str, nn.Module] = {}
@@ -114,15 +123,14 @@ class Trainer:
                 num_warmup_steps=config.warmup_steps,
                 num_training_steps=config.num_steps,
             )
-        parameters = list(trained_parameters(self._unwrapped(task.averaged)).values())
-        whole = not any(isinstance(parameter, DTensor) for parameter in parameters)  # torch has no foreach for shards
-        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=whole)
+        self.ema = EMAModel(local_parts(self._averaged_parameters()), decay=config.ema_decay, foreach=True)
         precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
         self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
-        if config.resume:
+        goes_on = config.resume and from_main_process(has_checkpoints(self.checkpoints))
+        if goes_on:
             self._load()
         if accelerator.is_main_process:
-            self._trim_lines()
+            self._trim_lines(self.step if goes_on else -1)
         plain = {  # tensorboard takes nothing else
             key: value if isinstance(value, int | float | str) else str(value)
             for key, value in (run_settings or {}).items()
@@ -140,8 +148,9 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         with progress, self._stop.on_signals():
-            if self.step == 0 and config.evaluate_every:
-                self._evaluate()  # the start to compare with; and what cannot be measured should fail now
+            with self._throughput.paused():
+                if self.step == 0 and config.evaluate_every:
+                    self._evaluate()  # the start to compare with; and what cannot be measured should fail now
             while self.step < config.num_steps:
                 last = self.step + 1 == config.num_steps
                 logged = last or (self.step + 1) % config.log_every == 0
@@ -151,23 +160,31 @@ class Trainer:
                     progress.set_postfix(self._log(metrics), refresh=False)
                     self._write(self._throughput.read(), SPEED)
                 progress.update()
-                saved = (last or self.step % config.checkpoint_every == 0) and self._save()
-                evaluation_due = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
-                best = self._evaluate() if evaluation_due else None
-                stop = not last and (self._stop.is_made() or 0 < config.max_steps <= self.step)
-                if not saved and (last or stop or best is not None):
-                    saved = self._save()
-                if not saved and (last or stop):
-                    raise OSError(
-                        f"the run ends after step {self.step} without a checkpoint of it; see the warning above"
-                    )
-                if saved and best is not None:
-                    self._mark_best(best)
-                if stop:
+                if self._save_and_evaluate(last):
                     logger.warning("stopped after step %d; go on with training.resume=true", self.step)
                     break
         self.accelerator.end_training()
         return self.step == config.num_steps
+
+    def _save_and_evaluate(self, last: bool) -> bool:
+        """What is due after a step; whether the run is to stop here."""
+        config = self.config
+        save_due = last or self.step % config.checkpoint_every == 0
+        evaluation_due = last or bool(config.evaluate_every and self.step % config.evaluate_every == 0)
+        saved, best = False, None
+        if save_due or evaluation_due:
+            with self._throughput.paused():
+                saved = save_due and self._save()
+                best = self._evaluate() if evaluation_due else None
+        stop = not last and (self._stop.is_made() or 0 < config.max_steps <= self.step)
+        if not saved and (last or stop or best is not None):
+            with self._throughput.paused():
+                saved = self._save()
+        if not saved and (last or stop):
+            raise OSError(f"the run ends after step {self.step} without a checkpoint of it; see the warning above")
+        if saved and best is not None:
+            self._mark_best(best)
+        return stop
 
     def train_step(self, measured: bool) -> dict[str, torch.Tensor]:
         """All updates of one step; metrics, each a sum and a number, if it is to be measured."""
@@ -176,13 +193,16 @@ class Trainer:
             metrics |= self._update(number, update, measured)
         for scheduler in self.schedulers.values():
             scheduler.step()
-        self.ema.step(trained_parameters(self._unwrapped(self.task.averaged)).values())
+        self.ema.step(local_parts(self._averaged_parameters()))
         self.step += 1
         return metrics
 
     def averaged_network(self) -> ModelMixin:
         """A copy of the averaged network with the averaged weights, on the CPU; all processes call it."""
-        restore(trained_parameters(self._averaged_network), gather(self._averages(), keep=True))
+        averages = gather(self._averages())
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self._averaged_network).items():
+                parameter.copy_(averages[name])
         return self._averaged_network
 
     def _update(self, number: int, update: tuple[str, ...], measured: bool) -> dict[str, torch.Tensor]:
@@ -294,46 +314,43 @@ class Trainer:
             with (self.output / name).open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
 
-    def _trim_lines(self) -> None:
+    def _trim_lines(self, last_step: int) -> None:
         """Forget what was written after the checkpoint that the run goes on from."""
         for path in (self.output / METRICS, self.output / SPEED):
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
                 path.write_text("".join(line + "\n" for line in kept))
 
     def _save(self) -> bool:
-        return save_checkpoint(
-            self.accelerator, self.checkpoints, self.step, self.config.keep_checkpoints, self._contents()
-        )
+        return save_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints, self._contents())
 
-    def _contents(self) -> Iterator[Callable[[Path], object]]:
-        """What a checkpoint holds, part by part: all processes gather, and the main one may write."""
-        keep = self.accelerator.is_main_process
-        for name in self.networks:
-            network = self._unwrapped(name)
-            weights = gather(trained_state(network), keep)
-            yield partial(_save_tensors, weights, f"{name}.safetensors")
-            moments = gather(adam_state(network, self.optimizers[name]), keep)
-            yield partial(_save_tensors, moments, f"{name}.adam.safetensors")
-        yield partial(_save_tensors, gather(self._averages(), keep), AVERAGED)
+    def _contents(self) -> Iterator[Callable[[Path], Path | None]]:
+        """What a checkpoint holds, part by part: all processes gather a tensor, and one of them keeps and writes it."""
+        process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        for name, tensors in self._saved_tensors():
+            share = gather(tensors, lambda number: number % num_processes == process)
+            yield partial(save_share, name, share, process, num_processes)
         counters = {
             "step": self.step,
             "averaged_steps": self.ema.optimization_step,
             "loss_scale": self.loss_scale.state_dict(),
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
         }
-        yield lambda folder: (folder / STATE).write_text(json.dumps(counters))
+        yield partial(_write_text, json.dumps(counters) if self.accelerator.is_main_process else None, STATE)
 
-    def _load(self) -> None:
-        """Go on from the newest whole checkpoint, which the main process finds."""
-        found = [str(newest_checkpoint(self.checkpoints)) if self.accelerator.is_main_process else None]
-        checkpoint = Path(broadcast_object_list(found)[0])
+    def _saved_tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The tensors of a checkpoint, and the name under which they are written."""
         for name in self.networks:
             network = self._unwrapped(name)
-            restore(trained_state(network), load_file(checkpoint / f"{name}.safetensors"))
-            moments = adam_state(network, self.optimizers[name])
-            restore(moments, load_file(checkpoint / f"{name}.adam.safetensors"))
-        restore(self._averages(), load_file(checkpoint / AVERAGED))
+            yield name, trained_state(network)
+            yield f"{name}.adam", adam_state(network, self.optimizers[name])
+        yield AVERAGED, self._averages()
+
+    def _load(self) -> None:
+        """Go on from the newest whole checkpoint."""
+        checkpoint = newest_checkpoint(self.checkpoints)
+        for name, tensors in self._saved_tensors():
+            restore(tensors, SavedTensors(checkpoint, name))
         counters = json.loads((checkpoint / STATE).read_text())
         self.step, self.ema.optimization_step = counters["step"], counters["averaged_steps"]
         self.loss_scale.load_state_dict(counters["loss_scale"])
@@ -349,14 +366,21 @@ class Trainer:
 
     def _averages(self) -> dict[str, torch.Tensor]:
         names = trained_parameters(self._unwrapped(self.task.averaged))
-        return dict(zip(names, self.ema.shadow_params, strict=True))
+        averages = shards_like(self._averaged_parameters(), self.ema.shadow_params)
+        return dict(zip(names, averages, strict=True))
+
+    def _averaged_parameters(self) -> list[torch.Tensor]:
+        return list(trained_parameters(self._unwrapped(self.task.averaged)).values())
 
     def _unwrapped(self, name: str) -> nn.Module:
         return self.accelerator.unwrap_model(self.networks[name])
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], name: str, folder: Path) -> None:
-    save_file(tensors, folder / name)
+def _write_text(text: str | None, name: str, folder: Path) -> Path | None:
+    if text is None:
+        return None
+    (folder / name).write_text(text)
+    return folder / name
 
 
 def _sum_and_number(metric: torch.Tensor) -> torch.Tensor:

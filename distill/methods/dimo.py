@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from teachers.corruption import MASK_SCHEDULES, corrupt, scheduled_mask_ratio
 from teachers.denoiser import Denoiser
 from teachers.guidance import check_guidance, guide
 from teachers.objectives.masked import masked_cross_entropy, sum_and_number
-from teachers.randomness import rand, sample_tokens
+from teachers.randomness import rand, sample_tokens, shape_logits
 
 AUXILIARY_SAMPLES = ("shared", "fresh")
 WEIGHTINGS = ("sum", "paper")
@@ -125,9 +126,8 @@ class DiMO(Method):
         initial = self.initialiser(condition, generators)
         with torch.set_grad_enabled("student" in update):
             logits = networks["student"](initial, condition, self.initialiser.perturbation(generators))
-        tokens = sample_tokens(  # x_0, on-policy
-            logits.detach(), generators, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-        )
+        shape: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        tokens = sample_tokens(logits.detach(), generators, **shape)  # x_0, on-policy
         progress = rand(len(tokens), 1, generator=generators).squeeze(1)
         mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress).clamp(*config.mask_ratio_range)
         corrupted, positions = corrupt(tokens, mask_ratio, mask_token_id, generators)  # x_t
@@ -136,7 +136,7 @@ class DiMO(Method):
 
         if "student" in update:
             with torch.no_grad():
-                teacher_logits = guide(self.teacher, corrupted, condition, config.guidance_scale, positions).float()
+                teacher_logits = guide(self.teacher, corrupted, condition, config.guidance_scale, positions)
                 teacher_logits /= config.teacher_temperature
             weight = sample_weights(config.weighting, logits, teacher_logits, positions)
             if measured:
@@ -151,7 +151,7 @@ class DiMO(Method):
         if "auxiliary" in update:
             soft_targets = None
             if config.auxiliary_soft_weight > 0:
-                soft_targets = logits.detach().flatten(0, 1)[positions].float().softmax(-1)
+                soft_targets = shape_logits(logits.detach().flatten(0, 1)[positions], **shape).softmax(-1)
             del logits  # for their memory; the gradient is all that goes back through them
             losses["auxiliary"] = masked_cross_entropy(
                 auxiliary_logits,

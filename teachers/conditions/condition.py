@@ -10,6 +10,7 @@ from typing import Protocol, Self
 import torch
 
 from teachers.data import NO_CLASS
+from teachers.randomness import to_device
 
 
 class Condition:
@@ -88,7 +89,7 @@ class TextCondition(Condition):
 
 
 class Conditions(Protocol):
-    """Conditions to draw from, by their rows (B,): class labels, or encoded prompts."""
+    """Conditions to draw from, by their rows (B,) on the CPU: class labels, or encoded prompts."""
 
     def __len__(self) -> int: ...
 
@@ -105,4 +106,4 @@ class ClassLabels:
         return len(self.labels)
 
     def condition(self, rows: torch.Tensor, device: torch.device | str) -> ClassCondition:
-        return ClassCondition(self.labels[rows.cpu()].to(device))
+        return ClassCondition(to_device(self.labels[rows], torch.device(device)))

@@ -1,15 +1,20 @@
 """Encoded prompts on disk, so that the text encoder need not stay in memory.
 
-Shapes: N prompts, M different ones, T text tokens, E text width, P pooled width.
+Shapes: N prompts, M different ones and the negative one, T text tokens, E text width, P pooled width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.component import weights_digest
@@ -17,27 +22,35 @@ from teachers.conditions.condition import TextCondition
 from teachers.conditions.prompts import encode_prompts, micro_conditions
 from teachers.folder import new_file
 from teachers.progress import progress_bar
+from teachers.randomness import to_device
+from teachers.shards import MappedRows, shards_of
+from teachers.sharing import each_once
 
-SOURCE = "source.json"
+PROMPTS = "prompts.parquet"  # each prompt, and the row of its encoding
 
 
 class PromptCache:
-    """What `write_prompt_cache` wrote: the conditions of `prompts`, mapped from disk.
+    """What `write_prompt_cache` wrote: conditions of N prompts, mapped from disk.
 
     Raises FileNotFoundError where it is not there or not complete.
     """
 
     def __init__(self, folder: Path, image_size: tuple[int, int]):
-        if not (folder / SOURCE).is_file():
+        if not (folder / PROMPTS).is_file():
             raise FileNotFoundError(f"there are no (complete) encoded prompts in {folder}")
-        self.image_size = image_size
-        self.prompts: list[str] = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["prompts"]
-        self._rows = np.load(folder / "rows.npy")
-        self._states = np.load(folder / "states.npy", mmap_mode="r")
-        self._pooled = np.load(folder / "pooled.npy", mmap_mode="r")
+        self.folder, self.image_size = folder, image_size
+        self._rows = torch.tensor(pyarrow.parquet.read_table(folder / PROMPTS, columns=["row"])["row"].to_numpy())
+        shards = sorted(folder.glob("encoded-*.safetensors"))
+        self._states, self._pooled = MappedRows(shards, "states"), MappedRows(shards, "pooled")
+        self._negative = lru_cache(maxsize=1)(self._read_negative)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self._rows)
+
+    @property
+    def prompts(self) -> list[str]:
+        """All of them, read from disk each time."""
+        return pyarrow.parquet.read_table(self.folder / PROMPTS, columns=["prompt"])["prompt"].to_pylist()
 
     @property
     def text_sizes(self) -> tuple[int, int]:
@@ -46,53 +59,74 @@ class PromptCache:
 
     def condition(self, rows: torch.Tensor, device: torch.device | str) -> TextCondition:
         """Of these prompts (B,)."""
-        encoded = self._rows[rows.cpu().numpy()]
-        null = np.zeros_like(encoded)  # the negative prompt comes first
-
-        def read(array: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array[rows]).to(device).float()
-
+        device, batch_size = torch.device(device), len(rows)
+        states, pooled = self._read(self._rows[rows], device)
+        null_states, null_pooled = self._negative(device)
         return TextCondition(
-            states=read(self._states, encoded),
-            pooled=read(self._pooled, encoded),
-            micro_conditions=micro_conditions(self.image_size, len(encoded), device),
-            null_states=read(self._states, null),
-            null_pooled=read(self._pooled, null),
+            states=states,
+            pooled=pooled,
+            micro_conditions=micro_conditions(self.image_size, batch_size, device),
+            null_states=null_states.expand(batch_size, -1, -1),
+            null_pooled=null_pooled.expand(batch_size, -1),
         )
 
+    def _read_negative(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._read(torch.tensor([0]), device)  # it comes first
 
+    def _read(self, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, T, E) and pooled embeddings (B, P), float32, of rows (B,) of the M."""
+        return to_device(self._states[rows], device).float(), to_device(self._pooled[rows], device).float()
+
+
+@torch.no_grad()
 def write_prompt_cache(
-    folder: Path,
+    parent: Path,
     text_encoder: CLIPTextModelWithProjection,
     text_tokenizer: CLIPTokenizer,
-    prompts: list[str],
+    prompts: Sequence[str],
     negative_prompt: str = "",
+    *,
     batch_size: int = 256,
-) -> None:
-    """Encode prompts into the folder, in half precision, those that occur many times once.
+    shard_size: int = 1024,
+) -> Path:
+    """Encode prompts, in half precision, those that occur many times once; returns their folder, `parent / key`.
 
-    What is there already stays; a folder with other prompts, or of another encoder, is a ValueError.
+    Any number of processes, also of other runs, make its shards together. What is there already stays, so that an
+    interruption costs the shards that were being made.
     """
-    source = {"weights": weights_digest(text_encoder), "negative_prompt": negative_prompt, "prompts": prompts}
-    if (folder / SOURCE).is_file():
-        known = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
-        if isinstance(known["weights"], float):  # of the time before digests: taken on trust
-            known["weights"] = source["weights"]
-        if known != source:
-            raise ValueError(f"{folder} holds other prompts, or those of another encoder; name another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = parent / prompts_key(text_encoder, text_tokenizer, prompts, negative_prompt)
     distinct = list(dict.fromkeys([negative_prompt, *prompts]))
-    for start in progress_bar(range(0, len(distinct), batch_size), desc="prompts", unit="batch"):
-        part = distinct[start : start + batch_size]
-        for name, encoded in zip(("states", "pooled"), encode_prompts(text_encoder, text_tokenizer, part), strict=True):
-            path, shape = folder / f"{name}.npy", (len(distinct), *encoded.shape[1:])
-            if start == 0:
-                np.lib.format.open_memmap(path, "w+", np.float16, shape)
-            array = np.load(path, mmap_mode="r+")
-            array[start : start + len(part)] = encoded.half().cpu().numpy()
-            array.flush()
-    row = {prompt: row for row, prompt in enumerate(distinct)}
-    np.save(folder / "rows.npy", np.array([row[prompt] for prompt in prompts]))
-    with new_file(folder / SOURCE) as staging:
-        staging.write_text(json.dumps(source, ensure_ascii=False), encoding="utf-8")
+    shards = shards_of(folder / "encoded.safetensors", len(distinct), shard_size)
+    with progress_bar(total=len(distinct), desc="prompts", unit="prompt") as progress:
+        for path in each_once(shards):
+            rows = shards[path]
+            progress.update(rows.start - progress.n)  # those before are made, or others are at them
+            states, pooled = [], []
+            for start in rows[::batch_size]:
+                part = distinct[start : min(start + batch_size, rows.stop)]
+                encoded = encode_prompts(text_encoder, text_tokenizer, part)
+                states.append(encoded[0].half().cpu())
+                pooled.append(encoded[1].half().cpu())
+                progress.update(len(part))
+            with new_file(path) as staging:
+                save_file({"states": torch.cat(states), "pooled": torch.cat(pooled)}, staging)
+    for path in each_once([folder / PROMPTS]):
+        row = {prompt: row for row, prompt in enumerate(distinct)}
+        table = pyarrow.table({"prompt": list(prompts), "row": [row[prompt] for prompt in prompts]})
+        with new_file(path) as staging:
+            pyarrow.parquet.write_table(table, staging)
+    return folder
+
+
+def prompts_key(
+    text_encoder: CLIPTextModelWithProjection,
+    text_tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    negative_prompt: str,
+) -> str:
+    """The first 16 digits of a SHA-256 of all that the encodings depend on."""
+    found = hashlib.sha256(weights_digest(text_encoder).encode())
+    vocabulary = sorted(text_tokenizer.get_vocab().items())
+    for part in (text_tokenizer.model_max_length, vocabulary, negative_prompt, *prompts):
+        found.update(json.dumps(part).encode() + b"\n")
+    return found.hexdigest()[:16]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.conditions.condition import Condition
 from teachers.data import open_dataset
+from teachers.randomness import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ class PromptConfig:
     )
     split: str = field(default="train", metadata={"help": "train or test, or any split that the dataset has"})
     column: str = field(default="text", metadata={"help": "column with the prompts"})
+    cache: str = field(
+        default="", metadata={"help": "folder of their encodings, which runs share; empty: prompts/ beside the run's"}
+    )
 
 
 def load_prompts(config: PromptConfig) -> list[str]:
@@ -45,13 +50,13 @@ def load_prompts(config: PromptConfig) -> list[str]:
         dataset = open_dataset(config.name, config.split)
         if config.column not in dataset.column_names:
             raise ValueError(f"{config.name} has no column {config.column!r}; it has {', '.join(dataset.column_names)}")
-        prompts = list(dataset[config.column])
+        prompts = dataset[config.column][:]
     if not prompts:
         raise ValueError(f"there are no prompts in {config.name}")
     return clean_prompts(prompts)
 
 
-def clean_prompts(prompts: list[str]) -> list[str]:
+def clean_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts with a space for what steers terminals and files and is no text; a ValueError where one is not text.
 
     Control characters would be printed and written into model cards, and half of a surrogate pair cannot be encoded.
@@ -78,9 +83,9 @@ def encode_prompts(
     return encoded.hidden_states[-2], encoded.text_embeds
 
 
-def tokenize(text_tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[torch.Tensor, int]:
+def tokenize(text_tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[torch.Tensor, int]:
     """Tokens (N, T), padded to the length that the tokenizer is for, and how many of the prompts were cut to it."""
-    length = text_tokenizer.model_max_length
+    length, prompts = text_tokenizer.model_max_length, prompts[:]  # of a data set's column, a list
     whole = text_tokenizer(prompts, verbose=False).input_ids
     tokens = text_tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokens.input_ids, sum(len(prompt) > length for prompt in whole)
@@ -89,7 +94,7 @@ def tokenize(text_tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[torch.T
 def micro_conditions(image_size: tuple[int, int], num_images: int, device: torch.device) -> torch.Tensor:
     """Width, height, no crop and the usual aesthetic score, (num_images, 5)."""
     height, width = image_size
-    return torch.tensor([width, height, 0, 0, AESTHETIC_SCORE], device=device).expand(num_images, -1)
+    return to_device(torch.tensor([width, height, 0, 0, AESTHETIC_SCORE]), device).expand(num_images, -1)
 
 
 class Prompts:

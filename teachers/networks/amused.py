@@ -14,6 +14,7 @@ from torch import nn
 from teachers.component import settings_of
 from teachers.conditions.condition import TextCondition
 from teachers.networks.meissonic import as_grid, as_sequence
+from teachers.networks.output import with_float32_logits
 
 
 class AmusedDenoiser(ModelMixin, ConfigMixin):
@@ -31,14 +32,15 @@ class AmusedDenoiser(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, token_grid: tuple[int, int], settings: dict[str, Any]):
         super().__init__()
-        self.transformer = UVit2DModel(**settings)
+        self.transformer = with_float32_logits(UVit2DModel(**settings))
         self.mask_token_id = self.transformer.config.vocab_size - 1
 
     @classmethod
     def wrap(cls, transformer: UVit2DModel, token_grid: tuple[int, int]) -> AmusedDenoiser:
         """The denoiser that a published transformer is."""
-        denoiser = cls(token_grid, settings_of(transformer))
-        denoiser.transformer = transformer
+        with torch.device("meta"):  # no memory for the weights that the published ones take the place of
+            denoiser = cls(token_grid, settings_of(transformer))
+        denoiser.transformer = with_float32_logits(transformer)
         return denoiser
 
     def forward(

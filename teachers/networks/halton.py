@@ -19,6 +19,7 @@ from torch import nn
 
 from teachers.conditions.condition import Condition
 from teachers.denoiser import ConditionKind
+from teachers.networks.output import project_to_codebook
 
 
 class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
@@ -94,8 +95,7 @@ class HaltonMaskGITTransformer(ModelMixin, ConfigMixin):
         hidden = self.output_norm(hidden[:, : tokens.shape[1]]) * (1 + scale) + shift
         if positions is not None:
             hidden = hidden.flatten(0, 1)[positions]
-        codebook = self.token_embedding.weight[:-1]
-        return hidden @ codebook.T + self.output_bias
+        return project_to_codebook(hidden, self.token_embedding.weight[:-1]) + self.output_bias
 
     @property
     def condition_kind(self) -> ConditionKind:

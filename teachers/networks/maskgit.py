@@ -17,6 +17,7 @@ from torch import nn
 
 from teachers.conditions.condition import Condition
 from teachers.denoiser import ConditionKind
+from teachers.networks.output import project_to_codebook
 
 
 class MaskGITTransformer(ModelMixin, ConfigMixin):
@@ -112,8 +113,7 @@ class MaskGITTransformer(ModelMixin, ConfigMixin):
         if positions is not None:
             hidden, bias = hidden.flatten(0, 1)[positions], bias[positions % tokens.shape[1]]
 
-        codebook = self.token_embedding.weight[:-1]
-        return self.output_layer(hidden) @ codebook.T + bias
+        return project_to_codebook(self.output_layer(hidden), self.token_embedding.weight[:-1]) + bias
 
     @property
     def condition_kind(self) -> ConditionKind:

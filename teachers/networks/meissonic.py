@@ -7,7 +7,7 @@ L = h x w tokens, D hidden size, V codebook size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -20,10 +20,11 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from diffusers.models.unets.uvit_2d import ConvMlmLayer, UVit2DConvEmbed
+from diffusers.models.unets.uvit_2d import UVit2DConvEmbed
 from torch import nn
 
 from teachers.conditions.condition import TextCondition
+from teachers.networks.output import OutputLayer
 
 EPS = 1e-6
 NUM_MICRO_CONDITIONS, MICRO_CONDITION_SIZE = 5, 256
@@ -87,6 +88,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         self.cond_embed = TimestepEmbedding(pooled_projection_dim + micro_size, size, sample_proj_bias=False)
         self.time_text_embed = CombinedTimestepTextProjEmbeddings(size, pooled_projection_dim=size)
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        self._rotary_tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
         self.transformer_blocks = nn.ModuleList(
             FluxTransformerBlock(size, num_attention_heads, attention_head_dim) for _ in range(num_layers)
@@ -107,7 +109,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
             if upsample
             else {}
         )  # fmt: skip
-        self.mlm_layer = ConvMlmLayer(size, size, False, True, EPS, codebook_size)
+        self.mlm_layer = OutputLayer(size, size, False, True, EPS, codebook_size)
 
     def forward(
         self,
@@ -129,7 +131,7 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
 
         text = self.encoder_proj_layer_norm(self.context_embedder(condition.states))
         embedding = self._condition_embedding(condition)
-        rotary = self.pos_embed(self._positions(text.shape[1], inner_height, tokens.device))
+        rotary = self._rotary(text.shape[1], inner_height, tokens.device)
         for block in self.transformer_blocks:
             text, hidden = block(hidden, text, embedding, rotary)
         for block in self.single_transformer_blocks:
@@ -152,12 +154,16 @@ class MeissonicTransformer(ModelMixin, ConfigMixin):
         timestep = torch.full((len(condition),), 1000 * self.config.timestep, device=pooled.device, dtype=pooled.dtype)
         return self.time_text_embed(timestep, pooled)
 
-    def _positions(self, num_text_tokens: int, height: int, device: torch.device) -> torch.Tensor:
-        """The (0, row, column) of each text token, all 0, and of each position that the transformer sees."""
-        width = height * self.config.token_grid[1] // self.config.token_grid[0]
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-        return torch.cat([image.new_zeros(num_text_tokens, 3), image]).to(device)
+    def _rotary(self, num_text_tokens: int, height: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary tables of the positions (0, row, column) that the transformer sees, after those of the text, all 0."""
+        key = num_text_tokens, height, device
+        if key not in self._rotary_tables:  # they are made on the CPU, and a GPU would be waited for in every forward
+            width = height * self.config.token_grid[1] // self.config.token_grid[0]
+            rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+            tables = self.pos_embed(torch.cat([image.new_zeros(num_text_tokens, 3), image]))
+            self._rotary_tables[key] = tuple(table.to(device) for table in tables)
+        return self._rotary_tables[key]
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """What Di[M]O keeps fixed: the token embeddings and the output layer."""

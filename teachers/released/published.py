@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ AMUSED = {"num_inference_steps": 12, "guidance_scale": 10.0}
 MEISSONIC = {"num_inference_steps": 64, "guidance_scale": 9.0}
 MONETICO = {"num_inference_steps": 48, "guidance_scale": 9.0}
 
+# What their files may name. None of it is imported: Meissonic's authors keep classes of their own in modules of theirs,
+# and ours take their place.
+CLASSES = {
+    "transformer": r"diffusers\.UVit2DModel|.+\.Transformer2DModel",
+    "vqvae": r"diffusers\.VQModel",
+    "text_encoder": r"transformers\.CLIPTextModelWithProjection",
+    "tokenizer": r"transformers\.CLIPTokenizer(Fast)?",
+    "scheduler": r"diffusers\.AmusedScheduler|.+\.Scheduler",
+}
+
 
 def is_published(name: str | Path) -> bool:
     """Whether a folder, or a hub id, is one of a published teacher: it has a transformer beside a `vqvae`."""
@@ -31,23 +42,27 @@ def published_components(name: str | Path, image_size: int | None = None, **sett
         image_size: side of the images in pixels; default: what the teacher was trained for.
         settings: `text_encoder` and `text_tokenizer` in place of the folder's (None: without), and what
             `from_pretrained` of each network takes, such as `torch_dtype` and `variant`.
+
+    Raises ValueError where the index or a component's configuration names other classes than `CLASSES`.
     """
+    _check_index(DiffusionPipeline.load_config(name))
+    config = _load_config(name, "transformer")
+    _load_config(name, "vqvae")
     given = {key: settings.pop(key) for key in ("text_encoder", "text_tokenizer") if key in settings}
     vq = VQModel.from_pretrained(name, subfolder="vqvae", **settings)
     factor = 2 ** (len(vq.config.block_out_channels) - 1)
 
     denoiser: AmusedDenoiser | MeissonicTransformer
-    if UVit2DModel.load_config(name, subfolder="transformer")["_class_name"] == "UVit2DModel":
+    if config["_class_name"] == "UVit2DModel":
         transformer = UVit2DModel.from_pretrained(name, subfolder="transformer", **settings)
         side = transformer.config.sample_size if image_size is None else image_size // factor
         denoiser, defaults = AmusedDenoiser.wrap(transformer, (side, side)), AMUSED
     else:
-        downsample = MeissonicTransformer.load_config(name, subfolder="transformer")["downsample"]
-        side = (64 if downsample else 32) if image_size is None else image_size // factor
+        side = (64 if config["downsample"] else 32) if image_size is None else image_size // factor
         denoiser = MeissonicTransformer.from_pretrained(
             name, subfolder="transformer", token_grid=(side, side), **settings
         )
-        defaults = MEISSONIC if downsample else MONETICO
+        defaults = MEISSONIC if config["downsample"] else MONETICO
 
     if "text_encoder" not in given:
         given["text_encoder"] = CLIPTextModelWithProjection.from_pretrained(name, subfolder="text_encoder", **settings)
@@ -61,3 +76,20 @@ def published_components(name: str | Path, image_size: int | None = None, **sett
         "guidance_scale": defaults["guidance_scale"],
         **given,
     }
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    for component, entry in index.items():
+        if not component.startswith("_") and isinstance(entry, list) and any(entry):
+            _check_class("model_index.json", component, ".".join(map(str, entry)))
+
+
+def _load_config(name: str | Path, component: str) -> dict[str, Any]:
+    config = UVit2DModel.load_config(name, subfolder=component)  # as it would read any model's
+    _check_class(f"{component}/config.json", component, f"diffusers.{config.get('_class_name')}")
+    return config
+
+
+def _check_class(file: str, component: str, named: str) -> None:
+    if not re.fullmatch(CLASSES.get(component, "(?!)"), named):
+        raise ValueError(f"{file} is refused: it names {named} as the {component}, and no published teacher's does")

@@ -49,7 +49,7 @@ class PatchTokenizer(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L) int64."""
-        return torch.cdist(self._patches(images), self.codebook).argmin(-1)
+        return torch.cdist(self._patches(images.float()), self.codebook.float()).argmin(-1)
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:

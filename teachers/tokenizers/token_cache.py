@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import load_file, save_file
 
 from teachers.component import weights_digest
-from teachers.data import DataConfig, ImageData
-from teachers.folder import new_file
+from teachers.data import DataConfig, ImageData, open_dataset
+from teachers.folder import new_file, new_folder
 from teachers.progress import progress_bar
+from teachers.randomness import to_device
+from teachers.shards import MappedRows, shards_of
+from teachers.sharing import each_once
 from teachers.tokenizers.patch import PatchTokenizer
-from teachers.tokenizers.vq import VQTokenizer, codebook_use
+from teachers.tokenizers.vq import VQTokenizer, use_of_counts
 
-INDEX = "index.json"
+INDEX, SOURCE = "index.json", "source.json"
+CAPTIONS, SPLIT, CAPTION = "captions", "train", "text"  # a folder as `open_dataset` reads it
 TOKENIZERS = {"PatchTokenizer": PatchTokenizer, "VQTokenizer": VQTokenizer}
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Tokens (N, L) int32, class labels (N,) and captions of a data set, its class names, and the tokens' tokenizer."""
+    """Tokens (N, L), class labels (N,) and captions of a data set, its class names, and the tokens' tokenizer.
 
-    tokens: torch.Tensor
+    Tokens are any integers, and either in memory or on disk: `tokens[rows]` are those of rows (B,).
+    """
+
+    tokens: torch.Tensor | MappedRows
     labels: torch.Tensor
     class_names: list[str]
-    texts: list[str] | None
+    texts: Sequence[str] | None
     tokenizer: PatchTokenizer | VQTokenizer
 
 
@@ -51,51 +62,70 @@ def write_token_cache(
     *,
     batch_size: int = 256,
     shard_size: int = 65_536,
+    num_workers: int = 0,
 ) -> tuple[float, float]:
     """Encode all images into shards; returns the codebook's use and perplexity over them.
 
-    After an interruption the whole shards are kept and the rest is added; a folder for other images is a ValueError.
+    Any number of processes make the shards together, each with `num_workers` that read its images. After an
+    interruption the whole shards are kept and the rest is added; a folder for other images is a ValueError.
     """
-    source = {
+    _claim(folder, tokenizer, config, data, shard_size)
+    shards = shards_of(folder / "tokens.safetensors", len(data), shard_size)
+    dtype = torch.uint16 if tokenizer.codebook_size <= 2**16 else torch.int32
+    with progress_bar(total=len(data), desc="tokens", unit="image") as progress:
+        for path in each_once(shards):
+            part, tokens = data.subset(shards[path]), []
+            progress.update(shards[path].start - progress.n)  # those before are made, or others are at them
+            for images in part.batches(batch_size, num_workers=num_workers):
+                tokens.append(tokenizer.encode(to_device(images, tokenizer.device)).cpu().to(dtype))
+                progress.update(len(images))
+            with new_file(path) as staging:
+                save_file({"tokens": torch.cat(tokens), "labels": part.labels}, staging)
+    if data.texts is not None:
+        captions = shards_of(folder / CAPTIONS / f"{SPLIT}.parquet", len(data), shard_size)
+        for path in each_once(captions):
+            with new_file(path) as staging:
+                table = pyarrow.table({CAPTION: data.subset(captions[path]).texts})
+                pyarrow.parquet.write_table(table, staging)
+    for path in each_once([folder / INDEX]):
+        index = {"shards": [shard.name for shard in shards], "class_names": data.class_names}
+        with new_file(path) as staging:
+            staging.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    return _codebook_use(shards, tokenizer.codebook_size)
+
+
+def _claim(
+    folder: Path, tokenizer: PatchTokenizer | VQTokenizer, config: DataConfig, data: ImageData, shard_size: int
+) -> None:
+    """Say in the folder what it is for; a ValueError where it is for something else."""
+    source: dict[str, Any] = {
         "data": asdict(config),
         "num_images": len(data),
         "shard_size": shard_size,
         "weights": weights_digest(tokenizer),
     }
-    origin = folder / "source.json"
-    if origin.is_file():
-        known = json.loads(origin.read_text())
-        if isinstance(known["weights"], float):  # of the time before digests: taken on trust
-            known["weights"] = source["weights"]
-        if known != source:
-            raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
-    if not origin.is_file() and folder.exists() and any(folder.iterdir()):
+    found = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    if found and not (folder / SOURCE).is_file():
         raise ValueError(f"the output folder {folder} is not empty; name another one or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    origin.write_text(json.dumps(source))
-    tokenizer.save_pretrained(folder / "tokenizer")
+    for path in each_once([folder / SOURCE]):
+        with new_file(path) as staging:
+            staging.write_text(json.dumps(source))
+    known = json.loads((folder / SOURCE).read_text())
+    if isinstance(known["weights"], float):  # of the time before digests: taken on trust
+        known["weights"] = source["weights"]
+    if known != source:
+        raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
+    for path in each_once([folder / "tokenizer"]):
+        with new_folder(path) as staging:
+            tokenizer.save_pretrained(staging)
 
-    starts = range(0, len(data), shard_size)
-    shards = []
-    with progress_bar(total=len(data), desc="tokens", unit="image") as progress:
-        for start in starts:
-            rows = list(range(start, min(start + shard_size, len(data))))
-            path = folder / f"tokens-{len(shards):05d}-of-{len(starts):05d}.safetensors"
-            if not path.is_file():
-                part = data.subset(rows)
-                tokens = []
-                for images in part.batches(batch_size):
-                    tokens.append(tokenizer.encode(images.to(tokenizer.device)).int().cpu())
-                    progress.update(len(images))
-                with new_file(path) as staging:
-                    save_file({"tokens": torch.cat(tokens), "labels": part.labels}, staging)
-            else:
-                progress.update(len(rows))
-            shards.append(path.name)
-    index = {"shards": shards, "class_names": data.class_names, "texts": data.texts}
-    (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    tokens = torch.cat([load_file(folder / name)["tokens"] for name in shards])
-    return codebook_use(tokens, tokenizer.codebook_size)
+
+def _codebook_use(shards: Iterable[Path], codebook_size: int) -> tuple[float, float]:
+    """`codebook_use` of one shard after another."""
+    counts = torch.zeros(codebook_size, dtype=torch.int64)
+    for path in shards:
+        counts += load_file(path)["tokens"].flatten().int().bincount(minlength=codebook_size)
+    return use_of_counts(counts)
 
 
 def load_token_cache(folder: Path) -> TokenCache:
@@ -105,11 +135,14 @@ def load_token_cache(folder: Path) -> TokenCache:
             f"there are no (complete) tokens in {folder}; write them with scripts/cache_tokens.py --output {folder}"
         )
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    shards = [load_file(folder / name) for name in index["shards"]]
+    shards = [folder / name for name in index["shards"]]
+    texts = index.get("texts")  # where captions were before they had files of their own
+    if (folder / CAPTIONS).is_dir():
+        texts = open_dataset(str(folder / CAPTIONS), SPLIT)[CAPTION]
     return TokenCache(
-        tokens=torch.cat([shard["tokens"] for shard in shards]),
-        labels=torch.cat([shard["labels"] for shard in shards]),
+        tokens=MappedRows(shards, "tokens"),
+        labels=torch.cat([load_file(shard)["labels"] for shard in shards]),
         class_names=index["class_names"],
-        texts=index.get("texts"),
+        texts=texts,
         tokenizer=load_tokenizer(folder / "tokenizer"),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 
 from teachers.component import settings_of
+
+MAX_PIXELS = 2**21  # of images worked on at a time: the network holds some hundreds of numbers for each
 
 
 class VQTokenizer(ModelMixin, ConfigMixin):
@@ -36,11 +38,12 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @classmethod
     def wrap(cls, vq: VQModel, token_grid: tuple[int, int]) -> VQTokenizer:
-        """The tokenizer that the `VQModel` of aMUSEd, Meissonic or Monetico is."""
+        """The tokenizer that the `VQModel` of aMUSEd, Meissonic or Monetico is, which becomes its own."""
         factor = 2 ** (len(vq.config.block_out_channels) - 1)
-        settings = settings_of(vq) | {"lookup_from_codebook": False}  # entries are looked up here
-        tokenizer = cls((factor * token_grid[0], factor * token_grid[1]), settings, unit_range=True)
-        tokenizer.vq.load_state_dict(vq.state_dict())
+        vq.register_to_config(lookup_from_codebook=False)  # entries are looked up here
+        with torch.device("meta"):  # no memory for the weights that the published ones take the place of
+            tokenizer = cls((factor * token_grid[0], factor * token_grid[1]), settings_of(vq), unit_range=True)
+        tokenizer.vq = vq
         return tokenizer
 
     @property
@@ -59,7 +62,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, L, E) -> the tokens (B, L) of the nearest codebook entries."""
-        codebook = self.codebook
+        latents, codebook = latents.float(), self.codebook.float()  # entries are closer than bfloat16 can tell
         distance = codebook.square().sum(-1) - 2 * latents @ codebook.T  # less the latents' own square
         return distance.argmin(-1)
 
@@ -76,12 +79,23 @@ class VQTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])}, but this tokenizer is for {self.config.image_size}"
             )
-        return self.nearest(self.latents(images))
+        pieces = images.to(self._ready().dtype).split(self._num_at_once)
+        return torch.cat([self.nearest(self.latents(piece)) for piece in pieces])
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
-        return self.render(self.codebook[tokens]).clamp(0, 1)
+        pieces = tokens.split(self._ready()._num_at_once)
+        return torch.cat([self.render(self.codebook[piece]).clamp(0, 1) for piece in pieces])
+
+    def _ready(self) -> Self:
+        """Itself, in single precision where it was in float16, in which it overflows."""
+        return self.float() if self.dtype == torch.float16 else self
+
+    @property
+    def _num_at_once(self) -> int:
+        height, width = self.config.image_size
+        return max(1, MAX_PIXELS // (height * width))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What training needs: reconstructions (B, C, H, W), latents and their entries (B, L, E), tokens (B, L).
@@ -97,6 +111,11 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 @torch.no_grad()
 def codebook_use(tokens: torch.Tensor, codebook_size: int) -> tuple[float, float]:
     """The share of the codebook that occurs among the tokens, and the perplexity exp(entropy) of their distribution."""
-    probability = tokens.flatten().bincount(minlength=codebook_size).double() / tokens.numel()
+    return use_of_counts(tokens.flatten().bincount(minlength=codebook_size))
+
+
+def use_of_counts(counts: torch.Tensor) -> tuple[float, float]:
+    """The same, of how often each entry (V,) occurs."""
+    probability = counts.double() / counts.sum()
     perplexity = torch.special.entr(probability).sum().exp()
     return (probability > 0).double().mean().item(), perplexity.item()

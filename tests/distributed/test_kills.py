@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
 
 from distill.loop.checkpoint import newest_checkpoint, save_checkpoint, verify_checkpoint
+from distill.loop.state import save_share
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +46,13 @@ def test_two_hundred_kills(tmp_path):
 
 
 def contents(step):
-    yield lambda folder: save_file({"weights": torch.full((10,), float(step))}, folder / "model.safetensors")
-    yield lambda folder: (folder / "trainer.json").write_text(json.dumps({"step": step}))
+    yield partial(save_share, "model", {"weights": torch.full((10,), float(step))}, 0, 1)
+    yield partial(write_counters, step)
+
+
+def write_counters(step, folder):
+    (folder / "trainer.json").write_text(json.dumps({"step": step}))
+    return folder / "trainer.json"
 
 
 def die_at(call, directory):
@@ -63,20 +67,20 @@ def die_at(call, directory):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    save_checkpoint(Accelerator(cpu=True), directory, 2, 1, contents(2))
+    save_checkpoint(directory, 2, 1, contents(2))
 
 
 def test_a_kill_before_any_step_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     fork, steps_seen = multiprocessing.get_context("fork"), set()
     for call in range(1, 100):
         directory = tmp_path / str(call)
-        save_checkpoint(Accelerator(cpu=True), directory, 1, 1, contents(1))
+        save_checkpoint(directory, 1, 1, contents(1))
         process = fork.Process(target=partial(die_at, call, directory))
         process.start()
         process.join()
         newest = newest_checkpoint(directory)
         steps_seen.add(verify_checkpoint(newest))
-        save_checkpoint(Accelerator(cpu=True), directory, 3, 1, contents(3))
+        save_checkpoint(directory, 3, 1, contents(3))
         assert [path.name for path in directory.iterdir()] == ["step-000003"]
         if process.exitcode == 0:
             break

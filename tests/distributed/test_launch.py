@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from distill.loop.checkpoint import newest_checkpoint
+from distill.loop.state import SavedTensors
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_student.py"
@@ -43,8 +45,8 @@ def finish(process):
 
 def state(tmp_path, name, step=8):
     checkpoint = tmp_path / name / "checkpoints" / f"step-{step:06d}"
-    files = ["student", "auxiliary", "student.adam", "averaged"]
-    return [load_file(checkpoint / f"{file}.safetensors") for file in files]
+    saved = [SavedTensors(checkpoint, file) for file in ("student", "auxiliary", "student.adam", "averaged")]
+    return [{name: tensors.read(name) for name in sorted(tensors.keys())} for tensors in saved]
 
 
 def furthest(first, second):
@@ -176,6 +178,63 @@ def test_a_signal_saves_and_ends_the_run_on_all_processes(tmp_path, number):
     checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(checkpoints) == 1
     assert int(checkpoints[0].name.removeprefix("step-")) >= 3
+
+
+def torchrun(tmp_path, name, *overrides):
+    """The launcher that `accelerate launch` starts processes with on GPUs: it has processes of its own, and a mind."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(SCRIPT), f"teacher={tmp_path / 'teacher'}", f"output={tmp_path / name}", "training.log_every=1"]
+    command += ["training.batch_size=8", "training.num_steps=100000", "training.checkpoint_every=100000"]
+    command += ["training.tracker=none", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.usefixtures("saved_teacher")
+def test_a_signal_to_torch_s_launcher_alone_saves_and_ends_the_run(tmp_path):
+    process = torchrun(tmp_path, "run")
+    wait_for(process, lambda: len(steps(tmp_path, "run")) >= 3)
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status != 0  # it says what ended it
+    assert "go on with training.resume=true" in output
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.usefixtures("saved_teacher")
+@pytest.mark.parametrize("start", [torchrun, launch], ids=["torchrun", "accelerate launch"])
+def test_a_file_in_the_folder_stops_a_run_whatever_started_it(tmp_path, start):
+    endless = ["training.num_steps=100000", "training.checkpoint_every=100000"]
+    process = start(tmp_path, "run", *endless)
+    wait_for(process, lambda: len(steps(tmp_path, "run")) >= 3)
+    (tmp_path / "run" / "stop").touch()
+    status, output = finish(process)
+    assert status == 0, output
+    checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"student-00000-of-00002.safetensors", "student-00001-of-00002.safetensors"} <= files
+    step = int(checkpoint.name.removeprefix("step-"))
+    status, output = finish(launch(tmp_path, "run", "training.resume=true", f"training.num_steps={step + 2}"))
+    assert status == 0, output  # the file was for the run that it stopped
+    assert steps(tmp_path, "run") == list(range(1, step + 3))
+
+
+@pytest.mark.usefixtures("saved_teacher")
+def test_shards_in_half_precision_learn_what_whole_networks_learn(tmp_path):
+    """Weights are gathered in bf16; gradients are added up in float32, or they would be 2^-8 apart."""
+    settings = ["training.mixed_precision=bf16", "training.warmup_steps=0", "method.guidance_scale=2"]
+    launches = {
+        "whole": launch(tmp_path, "whole", *settings),
+        "sharded": launch(tmp_path, "sharded", *settings, environment=FSDP2),
+    }
+    for name, process in launches.items():
+        status, output = finish(process)
+        assert status == 0, (name, output)
+    whole, sharded = metrics(tmp_path, "whole"), metrics(tmp_path, "sharded")
+    assert furthest_metric(whole, sharded) < 1e-3
+    assert furthest(state(tmp_path, "whole"), state(tmp_path, "sharded")) < 2e-4
 
 
 @pytest.mark.usefixtures("saved_teacher")

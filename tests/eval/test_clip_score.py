@@ -8,7 +8,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from distill.config import load_config
 from distill.jobs.clip import CLIPJob, train_clip
-from eval.clip_score import ClipFeatures, clip_score, retrieval_accuracy
+from eval.clip_score import ClipFeatures, clip_score, draw_others, retrieval_accuracy
+from eval.monitor import SampleMonitor
+from teachers import MaskedDiffusionPipeline
+from teachers.conditions.prompts import Prompts
 from teachers.data import DataConfig, load_data
 
 
@@ -42,7 +45,7 @@ def test_the_score_is_that_of_torchmetrics(clip_folder, pictures):
     )
     theirs = metric((255 * images).round().byte(), captions).item()
     features = ClipFeatures.load(clip_folder, captions)
-    cosine = torch.nn.functional.cosine_similarity(features(images), features.captions)
+    cosine = torch.nn.functional.cosine_similarity(features(images), features.embed_captions(captions))
     assert 100 * cosine.mean().item() == pytest.approx(theirs, abs=1e-3)
 
 
@@ -76,6 +79,42 @@ def test_captions_in_images_and_scores_out(command, clip_folder, tmp_path):
     result = json.loads(last)
     assert -1 <= result["clip_score"] <= 1
     assert "1 of them cut" in result["protocol"]["captions"]
-    kept = next(Path("out").glob("chunk-*")).stat().st_mtime_ns
+    kept = next(Path("out").glob("images-*")).stat().st_mtime_ns
     assert json.loads(command("evaluate_text.py", "amused", *arguments)[1]) == result
-    assert next(Path("out").glob("chunk-*")).stat().st_mtime_ns == kept
+    assert next(Path("out").glob("images-*")).stat().st_mtime_ns == kept
+
+
+def test_other_captions_are_drawn_without_listing_all():
+    own = torch.arange(4000) % 9
+    drawn = draw_others(own, 9, 3, torch.Generator().manual_seed(0))
+    assert not (drawn == own[:, None]).any()
+    assert all(len(set(row)) == 3 for row in drawn.tolist())
+    counts = torch.stack([torch.bincount(drawn[own == row].flatten(), minlength=9) for row in range(9)])
+    share = counts.double() / (own[:, None] == torch.arange(9)).sum(0)[:, None]  # of an own caption's images
+    expected = 3 / 8 * (1 - torch.eye(9, dtype=torch.float64))
+    assert (share - expected).abs().max() < 4 * (3 / 8 * 5 / 8 / 444) ** 0.5
+    rest = draw_others(torch.tensor([2]), 4, 3, torch.Generator())
+    assert sorted(rest[0].tolist()) == [0, 1, 3]
+    many = draw_others(torch.tensor([0, 10**12 - 1]), 10**12, 31, torch.Generator())  # as a matrix: 16 terabytes
+    assert many.max() < 10**12
+
+
+def test_captions_in_use_alone_are_embedded_each_once(clip_folder):
+    features = ClipFeatures.load(clip_folder, ["a red square", "a green bar", *["a blue bar"] * 5, "a grey cross"])
+    seen = []
+    features.model.text_model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    images = features.embed_captions(["a red square", "a blue bar", "a blue bar"])
+    assert seen == [2]
+    measured = features.judge(images, torch.tensor([0, 2, 5]))
+    assert seen == [2]
+    assert measured["clip_score"] == pytest.approx(1, abs=1e-6)
+    assert measured["retrieval_accuracy"] == 1  # a caption is no rival of itself
+
+
+def test_a_clip_scores_samples_of_prompts_without_real_images(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.monitor.NUM_IMAGES", 20)
+    pipeline = MaskedDiffusionPipeline.from_pretrained(amused_folder(tmp_path / "amused"))
+    prompts = Prompts(pipeline, ["a red square", "a green bar"] * 20)
+    measures = SampleMonitor(tmp_path / "run", DataConfig(name=""), str(clip_folder))(pipeline, prompts, 3)
+    assert measures.keys() == {"clip_score", "clip_score_error", "retrieval_accuracy"}
+    assert SampleMonitor(tmp_path / "other", DataConfig(name=""))(pipeline, prompts, 3) == {}

@@ -33,7 +33,7 @@ def comparison(tmp_path):
 
 
 def test_from_measurements_to_the_report(comparison, teacher, digits, tmp_path):
-    reference = Reference(Pixels(), digits)
+    reference = Reference(Pixels(), Pixels()(digits), "297 digits")
     student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher))
     comparison.measure_teacher(teacher, reference)
     comparison.measure(teacher, student, reference)
@@ -49,6 +49,7 @@ def test_from_measurements_to_the_report(comparison, teacher, digits, tmp_path):
     speeds = [row["images_per_second"] for row in (summary["student"], summary["best_teacher"])]
     assert summary["speedup_vs_best_teacher"] == pytest.approx(speeds[0] / speeds[1])
     assert summary["wall_seconds"]["total"] == 3
+    assert summary["protocol"]["Real images"] == "297 digits"
     page = (tmp_path / "report.html").read_text()
     assert "distilled with Di[M]O" in page
     assert {"samples.png", "quality.png", "measurements.json", "speed.json"} <= {

@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_text import amused_folder
 
 from eval import imagenet, inception
-from eval.chunks import write_chunks
 from eval.distances import Gaussian, frechet_distance, inception_score
-from eval.evaluate import generate
-from teachers.conditions.condition import ClassLabels
-
-NUM_CLASSES = 7
+from eval.evaluate import generate, generate_features
+from eval.real import describe, embed
+from teachers.data import DataConfig, load_data
+from teachers.folder import file_digest
 
 
 class StubNetwork(torch.nn.Module):
@@ -22,14 +22,15 @@ class StubNetwork(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = Mean()
+        self.output = torch.nn.Linear(2048, 7)
+        with torch.no_grad():
+            self.output.weight.copy_(torch.eye(7, 2048) * torch.arange(7)[:, None] / 255)
 
     def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
         features = self.layers(x)
         if return_features:
             return features
-        logits = features[:, :7] * torch.arange(7) / 255
-        if not no_output_bias:
-            logits = logits + 100 * torch.ones(7)
+        logits = torch.nn.functional.linear(features, self.output.weight) if no_output_bias else self.output(features)
         return logits.softmax(-1)
 
 
@@ -61,9 +62,11 @@ def test_clean_features_follow_clean_fid(weights):
 def test_tensorflow_features_leave_resizing_to_the_network(weights):
     extractor = inception.InceptionFeatures(weights, mode="legacy_tensorflow")
     torch.testing.assert_close(extractor(GREYS)[:, 0], torch.tensor([0.0, 128.0, 255.0]))
-    probabilities = extractor.probabilities(GREYS)
+    probabilities = extractor.probabilities(extractor(GREYS))
     expected = (torch.arange(7.0) * torch.tensor([[0.0], [128.0], [255.0]]) / 255).softmax(-1)
     torch.testing.assert_close(probabilities, expected)
+    whole = extractor._network.base((255 * GREYS).round().expand(-1, 3, -1, -1), no_output_bias=True)
+    torch.testing.assert_close(probabilities, whole)
 
 
 def test_inception_score_of_known_distributions():
@@ -79,58 +82,90 @@ def evaluate(command, weights, teacher, tmp_path):
     """Runs the script on a saved teacher; its statistics are those of its own images under another seed."""
     teacher.save_pretrained("teacher")
     extractor = inception.InceptionFeatures(weights, mode="legacy_tensorflow")
-    images, _, _ = generate(teacher, 1000, seed=1)
-    real = Gaussian.fit(extractor(images))
+    features, _, _ = generate_features(teacher, extractor, 1000, seed=1)
+    real = Gaussian.fit(features)
     np.savez("statistics.npz", mu=real.mean.numpy(), sigma=real.covariance.numpy())
-    np.savez("real.npz", arr_0=(images[:60].expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1).numpy())
+    images = torch.cat([batch.images for batch in generate(teacher, torch.arange(60), seed=1)])
+    pixels = (images.expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1)
+    np.savez_compressed("real.npz", arr_0=pixels.contiguous().numpy())
 
     def evaluate(*more, **changes):
         given = {"statistics": "statistics.npz", "real-images": "real.npz", "output": "out", "num-images": 1200}
         given |= {key.replace("_", "-"): value for key, value in changes.items()}
         arguments = [part for key, value in given.items() for part in (f"--{key}", value)]
-        return command("evaluate_imagenet.py", "teacher", *arguments, "--inception-path", weights, *more)
+        arguments += ["--inception-path", weights, *more]
+        return command("evaluate_imagenet.py", "teacher", *arguments)
 
     return evaluate
 
 
 def test_the_protocol_gives_the_distance_of_the_images_and_goes_on_after_an_interruption(
-    evaluate, teacher, weights, tmp_path
+    evaluate, teacher, weights, tmp_path, monkeypatch
 ):
-    status, last, errors = evaluate()
+    seen, prepare = [], inception.InceptionFeatures._prepare
+    monkeypatch.setattr(
+        inception.InceptionFeatures, "_prepare", lambda self, images: seen.append(len(images)) or prepare(self, images)
+    )
+    status, last, errors = evaluate("--few-images", num_images=1200)
     assert status == 0, errors
+    assert sum(seen) == 1200 + 60  # each image once, for features and probabilities
     result = json.loads(last)
     extractor = inception.InceptionFeatures(weights, mode="legacy_tensorflow")
-    images, _, _ = generate(teacher, 1200, seed=0)
+    features, _, _ = generate_features(teacher, extractor, 1200, seed=0)
     statistics = imagenet.read_statistics(tmp_path / "statistics.npz")
-    expected = frechet_distance(statistics, Gaussian.fit(extractor(images)))
+    expected = frechet_distance(statistics, Gaussian.fit(features))
     assert result["fid"] == pytest.approx(expected, rel=1e-6)
     assert 0 < result["precision"] <= 1
     assert result["published"]["fid"] == 6.91
+    assert result["protocol"]["statistics"].endswith(file_digest(tmp_path / "statistics.npz"))
 
-    chunks = sorted((tmp_path / "out").glob("chunk-*"))
-    assert len(chunks) == 3
+    chunks = sorted((tmp_path / "out").glob("images-*"))
+    assert len(chunks) == 12
     kept = chunks[0].stat().st_mtime_ns
     chunks[1].unlink()
-    assert json.loads(evaluate()[1]) == result
+    assert json.loads(evaluate("--few-images", num_images=1200)[1]) == result
     assert chunks[0].stat().st_mtime_ns == kept
 
 
-def test_processes_share_the_same_images(teacher, weights, tmp_path):
-    extractor = inception.InceptionFeatures(weights, mode="legacy_tensorflow")
-    for name, num_processes in [("one", 1), ("two", 2)]:
-        (tmp_path / name).mkdir()
-        for process in range(num_processes):
-            write_chunks(
-                teacher,
-                ClassLabels(torch.arange(10)),
-                lambda images: {"features": extractor(images)},
-                tmp_path / name,
-                1100,
-                process=process,
-                num_processes=num_processes,
-            )
-    for path in sorted((tmp_path / "one").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+def test_real_images_are_read_a_few_at_a_time(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=pixels)
+    images = imagenet.NpzImages(tmp_path / "real.npz")
+    parts = list(images.batches(4))
+    assert [tuple(part.shape) for part in parts] == [(4, 3, 4, 6), (4, 3, 4, 6), (2, 3, 4, 6)]
+    assert np.array_equal((255 * torch.cat(parts)).round().byte().permute(0, 2, 3, 1).numpy(), pixels)
+    for name, content in [("grey", pixels[..., 0]), ("float", pixels / 255.0), ("fortran", np.asfortranarray(pixels))]:
+        np.savez(tmp_path / f"{name}.npz", arr_0=content)
+        with pytest.raises(ValueError, match="no arr_0 with uint8 images"):
+            imagenet.NpzImages(tmp_path / f"{name}.npz")
+
+
+def test_fid_of_few_images_is_refused(evaluate, command, weights):
+    status, _, errors = evaluate(num_images=2047)
+    assert status == 2
+    assert "FID of 2047 generated images is not one" in errors
+    of_digits = ["--features", "inception", "--inception-path", weights]  # of which there are 1,797
+    for arguments in ([*of_digits, "--num-images", 2048], [*of_digits, "--num-images", 30]):
+        status, _, errors = command("evaluate.py", "teacher", *arguments)
+        assert status == 2
+        assert "is not one" in errors
+    status, last, errors = command("evaluate.py", "teacher", *of_digits, "--num-images", 30, "--few-images")
+    assert status == 0, errors
+    assert {"fid", "kid"} <= json.loads(last).keys()
+
+
+def test_fid_of_captions_says_which_real_images_it_is_against(command, weights, clip_folder, tmp_path):
+    amused_folder(tmp_path / "amused")
+    (tmp_path / "captions.txt").write_text("a red square\na green bar\n")
+    arguments = ["--captions", "name=captions.txt", "--clip", clip_folder, "--output", "out", "--num-images", 5]
+    arguments += ["--num-inference-steps", 1, "--real-images", "name=digits", "split=test"]
+    arguments += ["--inception-path", weights, "--few-images"]
+    status, last, errors = command("evaluate_text.py", "amused", *arguments)
+    assert status == 0, errors
+    result = json.loads(last)
+    assert result["fid"] > 0
+    digests = embed(lambda images: images.flatten(1), load_data(DataConfig(split="test")))["digests"]
+    assert result["protocol"]["reference"] == describe("name=digits split=test", digests)
 
 
 def test_mistakes_are_one_line(evaluate, tmp_path):
@@ -144,12 +179,12 @@ def test_mistakes_are_one_line(evaluate, tmp_path):
         ({"statistics": "pickled.npz"}, "not an .npz file of plain arrays"),
         ({"statistics": "text.npz"}, "not an .npz file of plain arrays"),
         ({"real_images": "statistics.npz"}, "no arr_0"),
-        ({"statistics": "small.npz", "num_images": 20}, "statistics of 3"),
+        ({"statistics": "small.npz"}, "sigma (3, 3); expected statistics of the 2048 features"),
     ]:
-        status, _, errors = evaluate(output=f"out-{len(message)}", **changes)
+        status, _, errors = evaluate("--few-images", output=f"out-{len(message)}", **changes)
         assert status == 2, errors
         assert message in errors
-    assert evaluate(num_images=20)[0] == 0
-    status, _, errors = evaluate(num_images=30)
+    assert evaluate("--few-images", num_images=20)[0] == 0
+    status, _, errors = evaluate("--few-images", num_images=30)
     assert status == 2
     assert "with other settings" in errors

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers import MaskedDiffusionPipeline
-from teachers.cost import cost_summary, count_operations, decoder_flops, forward_flops, num_parameters
+from teachers.cost import FORMULAS, cost_summary, count_operations, decoder_flops, forward_flops, num_parameters
 from teachers.released.sizes import RELEASED, random_components
 
 
@@ -38,6 +38,23 @@ def test_a_linear_layer_counts_twice_its_weights(teacher):
     small = forward_flops(teacher.denoiser)
     weights = sum(parameter.numel() for name, parameter in teacher.denoiser.named_parameters() if "blocks" in name)
     assert small > 2 * 16 * weights * 0.9
+
+
+def test_what_cannot_be_counted_ends_nothing(teacher, monkeypatch):
+    def fails(*arguments, **keywords):
+        raise AssertionError("an operation that nobody thought of")
+
+    with torch.no_grad(), count_operations() as counter:
+        expected = teacher.denoiser(torch.zeros(1, 16, dtype=torch.long), teacher.encode_condition([3]))
+    counted = counter.get_total_flops()
+    monkeypatch.setattr("teachers.cost.FORMULAS", dict.fromkeys((*FORMULAS, torch.ops.aten.addmm), fails))
+    with torch.no_grad(), count_operations() as counter:
+        result = teacher.denoiser(torch.zeros(1, 16, dtype=torch.long), teacher.encode_condition([3]))
+    assert torch.equal(result, expected)
+    assert 0 < counter.get_total_flops() < counted
+
+    monkeypatch.setattr("teachers.cost.forward_flops", fails)
+    assert "0.0 M parameters" in cost_summary(teacher)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

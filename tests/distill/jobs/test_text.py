@@ -15,7 +15,7 @@ from distill.config import load_config
 from distill.jobs.student import StudentJob, load_student, train_student
 from students import OneStepPipeline
 from teachers import MaskedDiffusionPipeline
-from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
+from teachers.conditions import prompt_cache
 from teachers.conditions.prompts import PromptConfig, load_prompts
 
 PROMPTS = ["a red apple", "a green car", "house", "house"]
@@ -151,21 +151,14 @@ print(resident[-1])
 """
 
 
-@torch.no_grad()
-def test_cached_prompts_are_the_encoded_ones(tmp_path):
-    teacher = MaskedDiffusionPipeline.from_pretrained(amused_folder(tmp_path / "amused"))
-    write_prompt_cache(tmp_path / "cache", teacher.text_encoder, teacher.text_tokenizer, PROMPTS, "green", batch_size=2)
-    cache = PromptCache(tmp_path / "cache", (8, 8))
-    cached = cache.condition(torch.tensor([3, 0, 2]), "cpu")
-    fresh = teacher.encode_condition([PROMPTS[3], PROMPTS[0], PROMPTS[2]], negative_prompt="green")
-    for ours, theirs in zip(cached._tensors(), fresh._tensors(), strict=True):
-        torch.testing.assert_close(ours, theirs.float(), atol=2e-3, rtol=2e-3)  # half precision
-    assert torch.equal(cached.null().states, cached.null_states)
-    some = cached.null(torch.tensor([True, False, False]))
-    assert torch.equal(some.pooled[0], cached.null_pooled[0])
-    assert torch.equal(some.pooled[1:], cached.pooled[1:])
-    with pytest.raises(ValueError, match="other prompts"):
-        write_prompt_cache(tmp_path / "cache", teacher.text_encoder, teacher.text_tokenizer, ["another"])
+def test_runs_share_the_encoded_prompts(job, tmp_path, monkeypatch):
+    train_student(job())
+    (folder,) = (tmp_path / "prompts").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_cache, "encode_prompts", lambda *arguments: pytest.fail("they are encoded again"))
+        train_student(job(f"output={tmp_path / 'another'}"))
+    train_student(job(f"output={tmp_path / 'third'}", f"prompts.cache={tmp_path / 'elsewhere'}"))
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [folder.name]
 
 
 def test_prompts_of_every_kind(job, tmp_path, caplog):

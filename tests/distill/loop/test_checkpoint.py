@@ -8,33 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from distill.loop.checkpoint import best_checkpoint, mark_best, newest_checkpoint, save_checkpoint, verify_checkpoint
 
 
 def contents(step):
-    """Two files, one of them in a folder."""
     yield partial(write_tensors, step=step)
     yield write_config
 
 
 def write_tensors(folder, step):
     save_file({"weights": torch.full((1000,), float(step))}, folder / "model.safetensors")
+    return folder / "model.safetensors"
 
 
 def write_config(folder):
-    (folder / "averaged").mkdir()
-    (folder / "averaged" / "config.json").write_text('{"hidden_size": 16, "name": "a student"}')
+    (folder / "config.json").write_text('{"hidden_size": 16, "name": "a student"}')
+    return folder / "config.json"
 
 
 @pytest.fixture
 def save(tmp_path):
-    accelerator = Accelerator(cpu=True)
-
     def save(step, keep=3, directory=tmp_path, more=()):
-        assert save_checkpoint(accelerator, directory, step, keep, [*contents(step), *more])
+        assert save_checkpoint(directory, step, keep, [*contents(step), *more])
         return directory / f"step-{step:06d}"
 
     return save
@@ -171,10 +168,9 @@ def small_disk(folder):
 
 @pytest.mark.parametrize("num_bytes", [0, 100, 2000, 4500])
 def test_a_disk_that_takes_no_more_costs_that_checkpoint_alone(save, tmp_path, caplog, num_bytes):
-    accelerator = Accelerator(cpu=True)
     save(1)
     with largest_file(num_bytes):
-        saved = save_checkpoint(accelerator, tmp_path, 2, 1, contents(2))
+        saved = save_checkpoint(tmp_path, 2, 1, contents(2))
     if num_bytes < 4500:
         assert not saved
         assert "could not be saved" in caplog.text
@@ -186,10 +182,10 @@ def test_a_disk_that_takes_no_more_costs_that_checkpoint_alone(save, tmp_path, c
 
 def test_a_full_disk(save, tmp_path, caplog):
     """A file system of 64 kB, of which checkpoints of 4 kB are let be kept until there is no room."""
-    accelerator, disk = Accelerator(cpu=True), tmp_path / "disk"
+    disk = tmp_path / "disk"
     disk.mkdir()
     with small_disk(disk):
-        saved = [save_checkpoint(accelerator, disk, step, 100, contents(step)) for step in range(1, 12)]
+        saved = [save_checkpoint(disk, step, 100, contents(step)) for step in range(1, 12)]
         num_saved = saved.index(False)
         assert 2 <= num_saved <= 8
         assert not any(saved[num_saved:])
@@ -197,7 +193,7 @@ def test_a_full_disk(save, tmp_path, caplog):
         assert newest_checkpoint(disk).name == f"step-{num_saved:06d}"
         assert not list(disk.glob(".staging-*"))
         shutil.rmtree(disk / "step-000001")
-        assert save_checkpoint(accelerator, disk, 12, 100, contents(12))
+        assert save_checkpoint(disk, 12, 100, contents(12))
 
 
 def test_no_checkpoint_at_all(tmp_path):

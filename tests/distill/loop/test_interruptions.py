@@ -195,18 +195,12 @@ def test_a_healthy_run_sounds_no_alarm(run, caplog):
     assert not caplog.records
 
 
-def test_a_request_that_comes_while_processes_agree_is_not_lost():
-    class Busy:
-        triggered = False
+def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch, tmp_path):
+    def agree(answer):
+        stop.make()  # a signal, in the middle of it
+        return answer
 
-        def set_trigger(self):
-            self.triggered = True
-
-        def check_trigger(self):
-            answer, self.triggered = self.triggered, False
-            stop.make()  # a signal, in the middle of it
-            return answer
-
-    stop = StopRequest(Busy())
+    monkeypatch.setattr("distill.loop.signals.on_any_process", agree)
+    stop = StopRequest(tmp_path)
     assert not stop.is_made()
     assert stop.is_made()

@@ -13,6 +13,7 @@ from distill.jobs.student import load_student
 from distill.jobs.teacher import TeacherJob, TokenBatches, train_teacher
 from distill.loop.config import TrainingConfig
 from distill.loop.throughput import Throughput
+from distill.methods.dimo import DiMO
 from teachers import MaskedDiffusionPipeline, MaskGITTransformer, PatchTokenizer
 from teachers.conditions.condition import ClassLabels
 from teachers.cost import forward_flops
@@ -87,6 +88,24 @@ def test_operations_of_a_step_are_counted(teacher, monkeypatch):
     assert rates["mfu"] * 1e9 / rates["samples_per_second"] == pytest.approx(forward_flops(teacher.denoiser))
 
 
+def test_the_speed_is_of_the_time_between_lines_without_evaluations(monkeypatch):
+    """On a GPU a step returns before it is done; so what counts is the clock, not the time spent in steps."""
+    clock = [0.0]
+    monkeypatch.setattr("distill.loop.throughput.matmul_rate", lambda *arguments: 1e9)
+    monkeypatch.setattr("distill.loop.throughput.time.perf_counter", lambda: clock[0])
+    throughput = Throughput(torch.device("cpu"), torch.float32, batch_size=8, sequence_length=16)
+    for pause in (0.0, 5.0):
+        for _ in range(3):
+            with throughput.step():
+                pass
+        clock[0] += 2.0  # what the device needed after the last step was handed to it
+        with throughput.paused():
+            clock[0] += pause
+        rates = throughput.read()
+        assert rates["samples_per_second"] == pytest.approx(3 * 8 / 2.0)
+        assert rates["tokens_per_second"] == pytest.approx(16 * 3 * 8 / 2.0)
+
+
 def test_the_teacher_is_in_no_checkpoint(run, tmp_path):
     run("run")
     names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-000006").iterdir()}
@@ -99,9 +118,32 @@ def test_nothing_is_overwritten_and_nothing_is_resumed_from_nowhere(run, tmp_pat
     (tmp_path / "run" / "precious").touch()
     with pytest.raises(ValueError, match="not empty"):
         run("run")
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not the folder of a run"):
         run("run", "training.resume=true")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_to_resume_is_to_go_on_or_to_start(run, monkeypatch, tmp_path):
+    whole, lines, _ = run("whole")
+    losses, calls = DiMO.losses, []
+
+    def dies(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:  # before the first checkpoint
+            raise KeyboardInterrupt
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(DiMO, "losses", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("early", "training.resume=true")  # there is nothing there: it starts
+    monkeypatch.undo()
+    early, early_lines, step = run("early", "training.resume=true")
+    assert (furthest(whole, early), early_lines, step) == (0, lines, 6)
+
+    checkpoint = next((tmp_path / "early" / "checkpoints").glob("step-*"))
+    (checkpoint / "trainer.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):  # what was learnt is not to be overwritten
+        run("early", "training.resume=true")
 
 
 def test_a_missing_teacher(run, tmp_path):

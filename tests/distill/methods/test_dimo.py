@@ -8,7 +8,7 @@ from distill.methods.dimo import DiMO, DiMOConfig, sample_weights
 from distill.methods.divergence import divergence_gradient
 from students.adapters import make_learner
 from students.initialisation import TokenInitialiser
-from teachers.randomness import sample_generators
+from teachers.randomness import sample_generators, sample_tokens
 
 BATCH = 6
 
@@ -90,6 +90,26 @@ def test_evaluations_of_a_step(teacher, settings, updates, rows):
         losses, _ = setting.losses(update)
         assert set(losses) == set(update)
     assert tuple(count // BATCH for count in setting.rows.values()) == rows
+
+
+@pytest.mark.parametrize("shape", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}], ids=str)
+def test_soft_targets_are_the_distribution_that_the_tokens_are_drawn_from(teacher, shape, monkeypatch):
+    """With the probabilities that tokens had as targets, the loss is the mean of what it is with tokens as targets."""
+    seen = {}
+
+    def record(logits, tokens, num_tokens, *, soft_targets, **settings):
+        seen["soft"] = soft_targets
+        return logits.sum() * 0
+
+    monkeypatch.setattr("distill.methods.dimo.masked_cross_entropy", record)
+    setting = Setting(teacher, auxiliary_soft_weight=0.5, mask_ratio_range=(1.0, 1.0), **shape)
+    setting.losses(("student", "auxiliary"))
+    _, logits = setting.outputs["student"]
+    generators = sample_generators("many", places=range(BATCH))
+    drawn = torch.stack([sample_tokens(logits.detach(), generators, **shape) for _ in range(4000)])
+    frequency = torch.nn.functional.one_hot(drawn, 16).float().mean(0).flatten(0, 1)
+    assert (frequency - seen["soft"]).abs().max() < 0.05
+    assert (seen["soft"][frequency == 0] < 5e-3).all()
 
 
 def test_a_student_equal_to_its_teacher_s_conditionals_is_at_rest(teacher):

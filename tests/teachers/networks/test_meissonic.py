@@ -1,9 +1,7 @@
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_text import tiny_text_encoder, tiny_vq
+from tiny_published import MEISSONIC, meissonic_folder
 
 from teachers import MaskedDiffusionPipeline
 from teachers.conditions.condition import TextCondition
@@ -27,37 +25,9 @@ def test_logits_equal_those_of_the_original_code(golden, timestep):
     torch.testing.assert_close(logits, expected[f"logits_timestep_{timestep}"], atol=1e-4, rtol=0)
 
 
-SMALL = {
-    "attention_head_dim": 16, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1,
-    "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6), "codebook_size": 24,
-    "vocab_size": 32,
-}  # fmt: skip
-
-
-def published_folder(path, **settings):
-    """The layout of the released folders, whose classes are not diffusers' own."""
-    text_encoder, tokenizer = tiny_text_encoder()
-    torch.manual_seed(0)
-    MeissonicTransformer((4, 4), **SMALL, **settings).save_pretrained(path / "transformer")
-    config = json.loads((path / "transformer" / "config.json").read_text())
-    del config["token_grid"], config["timestep"]
-    config |= {"_class_name": "Transformer2DModel", "patch_size": 1, "in_channels": 64, "guidance_embeds": False}
-    (path / "transformer" / "config.json").write_text(json.dumps(config))
-    tiny_vq().save_pretrained(path / "vqvae")
-    text_encoder.save_pretrained(path / "text_encoder")
-    tokenizer.save_pretrained(path / "tokenizer")
-    (path / "scheduler").mkdir()
-    (path / "scheduler" / "scheduler.py").write_text("raise RuntimeError('code of a checkpoint was run')")
-    kinds = {"scheduler": "Scheduler", "text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"}
-    kinds |= {"transformer": "Transformer2DModel", "vqvae": "VQModel"}
-    index = {"_class_name": "Pipeline"} | {name: ["diffusers", kind] for name, kind in kinds.items()}
-    (path / "model_index.json").write_text(json.dumps(index))
-    return path
-
-
 @pytest.mark.parametrize("resampling", [True, False])
 def test_a_published_folder_loads_as_it_is_on_the_grid_that_is_asked_for(tmp_path, resampling):
-    folder = published_folder(tmp_path / "meissonic", downsample=resampling, upsample=resampling)
+    folder = meissonic_folder(tmp_path / "meissonic", resampling)
     default = MaskedDiffusionPipeline.from_pretrained(folder)
     assert default.token_grid == ((64, 64) if resampling else (32, 32))
     assert default.mask_token_id == 31
@@ -79,10 +49,13 @@ def test_a_published_folder_loads_as_it_is_on_the_grid_that_is_asked_for(tmp_pat
 def test_each_place_of_the_grid_has_its_own_position():
     """With every token the same, places differ by their positions alone; and those are of row and column."""
     torch.manual_seed(0)
-    denoiser = MeissonicTransformer((4, 2), **SMALL, downsample=False, upsample=False)
+    denoiser = MeissonicTransformer((4, 2), **MEISSONIC, downsample=False, upsample=False)
     condition = TextCondition(torch.randn(1, 5, 16), torch.randn(1, 16), torch.ones(1, 5))
-    assert denoiser._positions(1, 4, torch.device("cpu")).tolist() == [
+    places = torch.tensor([
         [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 2, 0], [0, 2, 1], [0, 3, 0], [0, 3, 1],
-    ]  # fmt: skip
+    ])  # fmt: skip
+    tables = denoiser._rotary(1, 4, torch.device("cpu"))
+    for table, expected in zip(tables, denoiser.pos_embed(places), strict=True):
+        assert torch.equal(table, expected)
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
     assert not torch.allclose(denoiser(tokens, condition), denoiser(tokens.flip(1), condition).flip(1))

@@ -1,9 +1,11 @@
 import pytest
 import torch
 from diffusers import AmusedPipeline
-from tiny_text import CODEBOOK_SIZE, amused_folder
+from tiny_published import LAYOUTS
+from tiny_text import CODEBOOK_SIZE, amused_folder, tiny_transformer, tiny_vq
 
-from teachers import MaskedDiffusionPipeline
+from teachers import MaskedDiffusionPipeline, VQTokenizer
+from teachers.networks.amused import AmusedDenoiser
 
 
 @pytest.mark.parametrize("resampling", [False, True])
@@ -44,6 +46,57 @@ def test_half_precision_decodes_in_single(tmp_path):
         images = pipe("a red car", num_inference_steps=3, output_type="pt").images
         assert images.dtype == torch.float32
         assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opening_draws_no_weights_that_others_take_the_place_of(layout, tmp_path):
+    folder = LAYOUTS[layout](tmp_path / "teacher")
+    before = torch.get_rng_state()
+    pipe = MaskedDiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    for network in (pipe.denoiser, pipe.tokenizer, pipe.text_encoder):
+        assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+
+
+def test_a_wrapped_network_is_the_one_that_was_given():
+    transformer, vq = tiny_transformer(), tiny_vq()
+    denoiser, tokenizer = AmusedDenoiser.wrap(transformer, (4, 4)), VQTokenizer.wrap(vq, (4, 4))
+    for network, given in [(denoiser, transformer), (tokenizer, vq)]:
+        assert {id(parameter) for parameter in network.parameters()} == {
+            id(parameter) for parameter in given.parameters()
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_network_has_the_type_that_was_asked_for(layout, dtype, tmp_path):
+    folder = LAYOUTS[layout](tmp_path / "teacher")
+    whole, half = (
+        MaskedDiffusionPipeline.from_pretrained(folder, image_size=8, torch_dtype=kind)
+        for kind in (torch.float32, dtype)
+    )
+    for network in (half.denoiser, half.tokenizer, half.text_encoder):
+        assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    assert torch.equal(half.tokenizer.codebook, whole.tokenizer.codebook.to(dtype))
+    images = torch.rand(8, 3, 8, 8)
+    same = half.encode(images) == whole.encode(images)
+    assert same.float().mean() > 0.9
+    assert half.decode(half.encode(images)).dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_variant_opens_from_its_own_files(layout, tmp_path):
+    folder = LAYOUTS[layout](tmp_path / "teacher")
+    whole = MaskedDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(OSError, match="safetensors"):
+        MaskedDiffusionPipeline.from_pretrained(folder)
+    variant = MaskedDiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
+    for name in ("denoiser", "tokenizer", "text_encoder"):
+        expected = getattr(whole, name).state_dict()
+        for key, weights in getattr(variant, name).state_dict().items():
+            assert torch.equal(weights, expected[key])
 
 
 def test_a_pipeline_without_its_text_encoder_takes_encoded_prompts(tmp_path):

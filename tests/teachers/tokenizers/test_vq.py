@@ -3,9 +3,8 @@ import torch
 
 from distill.jobs.tokenizer import VQNetworkConfig, make_tokenizer
 from teachers import VQTokenizer
-from teachers.data import DataConfig, load_data
 from teachers.objectives.vq import VQConfig, VQObjective
-from teachers.tokenizers.token_cache import load_token_cache, load_tokenizer, write_token_cache
+from teachers.tokenizers.token_cache import load_tokenizer
 from teachers.tokenizers.vq import codebook_use
 
 
@@ -94,48 +93,6 @@ def test_the_same_entries_move_whoever_asks(tokenizer, digits):
         codebooks.append(tokenizer.codebook.detach().clone())
     assert torch.equal(*codebooks)
     assert not torch.equal(codebooks[0], start)
-
-
-def test_a_cache_holds_what_the_tokenizer_says(tokenizer, tmp_path):
-    config = DataConfig(split="test")
-    data = load_data(config)
-    used, perplexity = write_token_cache(tmp_path / "tokens", tokenizer, config, data, shard_size=100)
-    cache = load_token_cache(tmp_path / "tokens")
-    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 3
-    assert torch.equal(cache.tokens.long(), tokenizer.encode(data.images()))
-    assert torch.equal(cache.labels, data.labels)
-    assert cache.class_names == data.class_names
-    assert torch.equal(cache.tokenizer.codebook, tokenizer.codebook)
-    assert (used, perplexity) == codebook_use(cache.tokens, 16)
-
-
-def test_an_interrupted_cache_goes_on(tokenizer, tmp_path):
-    config = DataConfig(split="test")
-    data, folder = load_data(config), tmp_path / "tokens"
-    write_token_cache(folder, tokenizer, config, data, shard_size=100)
-    expected = load_token_cache(folder).tokens
-    (folder / "index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="complete"):
-        load_token_cache(folder)
-    first, second, _ = sorted(folder.glob("*.safetensors"))
-    second.unlink()
-    written = first.stat().st_mtime_ns
-    write_token_cache(folder, tokenizer, config, data, shard_size=100)
-    assert torch.equal(load_token_cache(folder).tokens, expected)
-    assert first.stat().st_mtime_ns == written
-
-
-def test_a_cache_is_not_mixed_with_another(tokenizer, tmp_path):
-    config = DataConfig(split="test")
-    write_token_cache(tmp_path / "tokens", tokenizer, config, load_data(config))
-    with torch.no_grad():  # the same codebook behind another encoder gives other tokens
-        tokenizer.vq.quant_conv.bias.add_(1)
-    with pytest.raises(ValueError, match="of another tokenizer"):
-        write_token_cache(tmp_path / "tokens", tokenizer, config, load_data(config))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "precious").touch()
-    with pytest.raises(ValueError, match="not empty"):
-        write_token_cache(tmp_path / "other", tokenizer, config, load_data(config))
 
 
 def test_impossible_requests(tokenizer, tmp_path):
