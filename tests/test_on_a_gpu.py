@@ -30,6 +30,7 @@ from teachers.samplers import (
     ReMDMSampler,
     SelfCorrectionSampler,
 )
+from teachers.tokenizers.vq import VQTokenizer
 
 pytest_plugins = ["fake_gpu"]
 
@@ -209,18 +210,31 @@ SAMPLERS = {
 }
 
 
-def pipelines(denoiser, sampler):
-    tokenizer = PatchTokenizer((8, 8), 1, 2, 24)
+def patches():
+    tokenizer = PatchTokenizer((8, 8), 3, 2, 24)
     tokenizer.codebook.uniform_()
+    return tokenizer
+
+
+def vq():
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    settings = {"block_out_channels": (8, 16), "norm_num_groups": 4, "num_vq_embeddings": 24, "latent_channels": 4}
+    return VQTokenizer((8, 8), levels | settings)
+
+
+def pipelines(denoiser, sampler, make_tokenizer=patches):
+    tokenizer = make_tokenizer()
     initialiser = distillation(denoiser).initialiser
     teacher = MaskedDiffusionPipeline(denoiser, tokenizer, sampler, guidance_scale=2.0)
     return teacher, OneStepPipeline(denoiser, tokenizer, initialiser)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_step_students_sample_in_any_precision_and_without_waiting(gpu, network, dtype):
+@pytest.mark.parametrize("make_tokenizer", [patches, vq])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_step_students_sample_in_any_precision_and_without_waiting(gpu, network, dtype, make_tokenizer):
     denoiser, condition = network
-    _, student = pipelines(denoiser, MaskGITSampler(4))
+    _, student = pipelines(denoiser, MaskGITSampler(4), make_tokenizer)
     student.to("cuda", dtype)
     if denoiser.condition_kind == "text":
         condition = condition._map(lambda tensor: tensor.to(dtype))
@@ -228,7 +242,8 @@ def test_one_step_students_sample_in_any_precision_and_without_waiting(gpu, netw
         with gpu.no_waiting() if round else contextlib.nullcontext():
             generators = sample_generators(0, places=range(2))
             images = student(condition=moved(condition), generator=generators, output_type="pt").images
-            assert (images.device, images.shape) == (DEVICE, (2, 1, 8, 8))
+            assert (images.device, images.shape) == (DEVICE, (2, 3, 8, 8))
+            assert student.encode(images).device == DEVICE
     tokens = student(condition=moved(condition), generator=sample_generators(0, places=range(2)), output_type="tokens")
     assert tokens.tokens.cpu().max() < 24
     assert len(student(condition=moved(condition)).images) == 2

@@ -32,10 +32,14 @@ def launch(tmp_path, name, *overrides, num_processes=2, environment=None, script
 
 def wait_for(process, condition):
     deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    try:
+        while not condition():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    except AssertionError:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def finish(process):

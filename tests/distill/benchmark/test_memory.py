@@ -1,6 +1,7 @@
 """That the memory worked out on tensors without contents is what real ones hold."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -154,3 +155,16 @@ def test_adapters_learn_on_shards_of_their_own(teacher, tmp_path):
     assert found["DDP"] - found["one card"] == learnt
     frozen = 4 * sum(parameter.numel() for parameter in teacher.denoiser.parameters())
     assert found["FSDP2, 8 cards"] - found["FSDP2, 32 cards"] >= 2 * frozen * (1 / 8 - 1 / 32)
+
+
+def test_the_command_at_a_released_size(command):
+    """174 M parameters: the teacher, two networks, their moments and the averages are 8 times that in float32."""
+    status, last, errors = command("benchmark.py", "memory", "--sizes", "maskgit-256", "--adapter-rank", 2)
+    assert status == 0, errors
+    gib = {row["what"]: row["gib"] for row in json.loads(last)["rows"]}
+    whole, adapters = gib["step, all weights, checkpointing"], gib["step, adapters of rank 2, checkpointing"]
+    assert whole["one card"] > 8 * 4 * 173.9e6 / 2**30
+    assert whole["one card"] - whole["FSDP2, 8 cards"] > 7 / 8 * 7 * 4 * 170e6 / 2**30 - 1
+    assert whole["one card"] - adapters["one card"] > 7 * 4 * 170e6 / 2**30
+    assert whole["one card"] < gib["step, all weights"]["one card"]
+    assert gib["sampling, student in bfloat16"]["one card"] < 0.6 * gib["sampling, student in float32"]["one card"]
