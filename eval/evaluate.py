@@ -70,7 +70,7 @@ def generate(
     the time.
     """
     conditions = all_classes(pipeline) if conditions is None else conditions
-    parts = numbers.split(batch_size or batch_size_for(pipeline))
+    parts = numbers.split(batch_size or batch_size_for(pipeline)) if len(numbers) else ()
     for part in progress_bar(parts, desc=description, disable=description is None, unit="batch", leave=False):
         rows = part % len(conditions)
         output = pipeline(

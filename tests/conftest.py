@@ -10,7 +10,7 @@ from drawn import redraw
 from teachers import MaskedDiffusionPipeline, MaskGITSampler, MaskGITTransformer, PatchTokenizer
 from teachers.data import DataConfig, load_data
 
-pytest_plugins = ["captioned", "student_runs"]
+pytest_plugins = ["captioned", "fake_gpu", "student_runs"]
 
 SHARED = Path(__file__).parents[2] / "shared"
 SCRIPTS = Path(__file__).parents[1] / "scripts"

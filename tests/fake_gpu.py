@@ -132,6 +132,7 @@ def gpu(monkeypatch):
     """With autocast as on a GPU, and modules whose `.to` takes tensors of another class."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # the CPU has none of its operations
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     with FakeGPU() as gpu:

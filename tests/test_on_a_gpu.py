@@ -14,6 +14,8 @@ from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer
 from distill.methods.dimo import DiMO, DiMOConfig
 from distill.methods.divergence import _WithGradient
+from eval.classifier import Classifier, ClassifierFeatures
+from eval.clip_score import ClipFeatures
 from students import OneStepPipeline, TokenInitialiser
 from students.adapters import make_learner
 from teachers import MaskedDiffusionPipeline, PatchTokenizer
@@ -31,9 +33,6 @@ from teachers.samplers import (
     SelfCorrectionSampler,
 )
 from teachers.tokenizers.vq import VQTokenizer
-
-pytest_plugins = ["fake_gpu"]
-
 
 @pytest.fixture(params=NETWORKS)
 def network(request, tmp_path):
@@ -275,3 +274,18 @@ def test_prompts_are_encoded_there(gpu, tmp_path):
     )
     assert there.images.device == DEVICE
     torch.testing.assert_close(there.images.cpu(), here.images, atol=1e-4, rtol=0)
+
+
+def test_features_are_taken_there_and_kept_here(gpu, clip_folder):
+    torch.manual_seed(0)
+    classifier = ClassifierFeatures(Classifier(3, 10), 0.9, "noise")
+    clip = ClipFeatures.load(clip_folder, ["a red bar", "a blue cross"])
+    images = torch.rand(5, 3, 16, 16)
+    for features, network, rows in [(classifier, classifier.classifier, 5), (clip, clip.model, 2)]:
+        here = features(images)
+        judged = features.judge(here, torch.arange(5) % rows)
+        network.to("cuda")
+        there = features(images.to("cuda"))
+        assert there.device.type == "cpu"
+        torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
+        assert features.judge(there, torch.arange(5) % rows) == pytest.approx(judged, abs=1e-4)
