@@ -34,6 +34,7 @@ from teachers.samplers import (
 )
 from teachers.tokenizers.vq import VQTokenizer
 
+
 @pytest.fixture(params=NETWORKS)
 def network(request, tmp_path):
     """A network that is still on the CPU, and a condition that is too."""

@@ -34,7 +34,7 @@ def drawn(initialiser, label):
 
 
 def sampling_noise(probabilities):
-    """The expected total variation of as many true draws: half the sum of their mean deviations, which Poisson's are."""
+    """The expected total variation of as many true draws: half the sum of Poisson's mean deviations."""
     mean = NUM_DRAWS * probabilities.double()
     floor = mean.floor()
     deviation = 2 * ((floor + 1) * mean.log() - mean - torch.lgamma(floor + 1)).exp()

@@ -18,6 +18,21 @@ def test_guidance_is_u_plus_s_times_c_minus_u(teacher):
     assert not torch.allclose(c, u)
 
 
+def test_guidance_is_worked_out_in_float32(teacher):
+    """In half precision the difference that it multiplies would be lost in rounding."""
+    tokens, condition = torch.randint(0, 17, (2, 16)), teacher.encode_condition([3, 7])
+
+    def half(tokens, condition):
+        return teacher.denoiser(tokens, condition).bfloat16()
+
+    with torch.no_grad():
+        c, u = half(tokens, condition).float(), half(tokens, condition.null()).float()
+        guided = guide(half, tokens, condition, 3.0)
+        assert guided.dtype == guide(half, tokens, condition, 1.0).dtype == torch.float32
+        torch.testing.assert_close(guided, u + 3.0 * (c - u))
+        assert not torch.equal(guided, guided.bfloat16().float())
+
+
 @pytest.mark.parametrize(("scale", "ramp", "nfe"), [(1.0, "constant", 4), (2.0, "constant", 8), (2.0, "linear", 7)])
 def test_guided_evaluations_count_twice(teacher, scale, ramp, nfe):
     """A linear ramp starts at scale 1, so that its first step needs no unconditional evaluation."""

@@ -153,6 +153,19 @@ def test_a_missing_teacher(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["teacher_dtype=int8"], "choose from float32, bfloat16, float16"),
+        (["teacher_dtype=bfloat16"], "needs training.mixed_precision"),
+        (["teacher_dtype=bfloat16", "training.mixed_precision=bf16"], "for GPUs"),
+    ],
+)
+def test_precisions_that_a_teacher_cannot_have(run, settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        run("run", *settings)
+
+
+@pytest.mark.parametrize(
     ("environment", "reason"),
     [({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"), ({"ACCELERATE_USE_FSDP": "true"}, "first version")],
 )

@@ -61,6 +61,18 @@ def test_logits_at_some_positions_are_those_of_all(network):
         )
 
 
+@torch.no_grad()
+def test_the_last_product_is_in_float32_whatever_the_rest_is_in(network):
+    denoiser, condition, tokens = network
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = denoiser(tokens, condition)
+        some = denoiser(tokens, condition, positions=torch.tensor([3, 20]))
+    for values in (logits, some):
+        assert values.dtype == torch.float32
+        assert (values != values.bfloat16().float()).float().mean() > 0.9
+    torch.testing.assert_close(logits, denoiser(tokens, condition), atol=0.1, rtol=0.1)
+
+
 def test_adapters_start_as_the_network_learn_alone_and_merge(network):
     denoiser, condition, tokens = network
     before = {name: parameter.clone() for name, parameter in denoiser.named_parameters()}
@@ -82,6 +94,21 @@ def test_adapters_start_as_the_network_learn_alone_and_merge(network):
     assert plain.state_dict().keys() == denoiser.state_dict().keys()
     for name, parameter in denoiser.named_parameters():
         torch.testing.assert_close(parameter, before[name], atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_what_adapters_add_to_a_teacher_of_half_precision_is_not_rounded_away(network):
+    denoiser, _, _ = network
+    learner = make_learner(denoiser, True, adapter_rank=2)
+    before = {name: parameter.bfloat16().float() for name, parameter in denoiser.named_parameters()}
+    denoiser.bfloat16()
+    for name, parameter in trained_parameters(learner).items():
+        assert parameter.dtype == torch.float32, name
+        parameter.normal_(std=0.01)
+    changes = [(parameter - before[name]).abs() for name, parameter in merged(learner).named_parameters()]
+    changed = torch.cat([change.flatten() for change in changes if change.any()])
+    assert 0 < changed.mean() < 2**-9  # of weights near 1, half precision would keep nothing of it
+    assert (changed > 0).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("adapter_rank", [0, 2])
