@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ NUM_CLASSES = 1000
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made within it held at once; what an operation takes for itself is not seen."""
+    """The most bytes that tensors made within it held at once, beside those that were there before and are included;
+    what an operation takes for itself is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +46,10 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return result
+
+    def include(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._see(tensor.untyped_storage())
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         address, size = storage.data_ptr(), storage.nbytes()
@@ -117,14 +122,14 @@ class StepBenchmark:
 
     def measure(self, builders: dict[str, Callable[[], Callable[[], None]]], num_repeats: int) -> list[dict[str, Any]]:
         """A row for each step: median seconds over interleaved rounds, memory, operations, and what bounds them."""
-        weights = sum(parameter.nbytes for parameter in self.teacher.parameters())
         steps, peaks = {}, {}
         for name, build in builders.items():
             with PeakMemory() as memory:  # of weights, moments and averages too
+                memory.include(self.teacher.parameters())
                 steps[name] = build()
                 steps[name]()
                 steps[name]()
-            peaks[name] = weights + memory.peak
+            peaks[name] = memory.peak
         flops = {}
         for name, step in steps.items():
             with count_operations() as counter:

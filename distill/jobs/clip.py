@@ -18,7 +18,7 @@ from distill.loop.trainer import Trainer, on_main_process
 from teachers.conditions.prompts import tokenize
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.objectives.objective import Objective
-from teachers.randomness import derive_seed, rand
+from teachers.randomness import derive_seed, rand, to_device
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -101,7 +101,7 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     def draw_batch(step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = rows(step, places)
         moved = shift_images(images[chosen], job.shift, generators)
-        return moved.to(accelerator.device), tokens[chosen].to(accelerator.device)
+        return to_device(moved, accelerator.device), to_device(tokens[chosen], accelerator.device)
 
     def evaluate(network: CLIPModel, step: int) -> dict[str, float]:
         assert monitor is not None

@@ -14,7 +14,7 @@ from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.data import DataConfig, load_data
 from teachers.objectives.vq import VQConfig, VQObjective
-from teachers.randomness import derive_seed
+from teachers.randomness import derive_seed, to_device
 from teachers.tokenizers.vq import VQTokenizer
 
 
@@ -68,7 +68,7 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
 
     def draw_batch(step: int, places: range, generators: list[torch.Generator]) -> tuple[torch.Tensor, int]:
         images = torch.stack([image for image, _ in data.__getitems__(rows(step, places).tolist())])
-        return images.to(accelerator.device), step
+        return to_device(images, accelerator.device), step
 
     def evaluate(network: VQTokenizer, step: int) -> dict[str, float]:
         measures = monitor(network, step)

@@ -61,6 +61,17 @@ def test_peak_memory_is_what_is_held_at_once():
     assert memory.held == 0
 
 
+def test_what_was_there_before_counts_once_and_if_it_is_included():
+    before = torch.zeros(1000)
+    for included, expected in [(True, 4000 + 2000), (False, 2000)]:
+        with PeakMemory() as memory:
+            if included:
+                memory.include([before])
+                before.view(10, 100)
+            torch.zeros(500)
+        assert memory.peak == expected
+
+
 def test_adapters_need_a_fraction_of_the_memory_where_weights_dominate(tmp_path):
     setting = benchmark(tmp_path, hidden_size=256)
     weights = 4 * num_parameters(setting.teacher)
