@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.evaluate import Batch, generate
+from eval.evaluate import Batch, Features, generate
+from eval.real import embed
+from teachers.data import ImageData
 from teachers.folder import new_file
 from teachers.pipeline import TokenPipeline
 from teachers.progress import progress_bar
@@ -31,8 +33,11 @@ def claim(folder: Path, protocol: dict[str, Any]) -> None:
     for _ in each_once([path]):
         with new_file(path) as staging:
             staging.write_text(json.dumps(protocol, indent=2))
-    if json.loads(path.read_text()) != json.loads(json.dumps(protocol)):
-        raise ValueError(f"{folder} holds an evaluation with other settings ({path}); name another folder")
+    known, ours = json.loads(path.read_text()), json.loads(json.dumps(protocol))
+    if other := sorted(key for key in known.keys() | ours.keys() if known.get(key) != ours.get(key)):
+        raise ValueError(
+            f"{folder} holds an evaluation with other settings: {', '.join(other)} ({path}); name another folder"
+        )
 
 
 def write_chunks(
@@ -58,6 +63,20 @@ def read_chunks(folder: Path, name: str, num_images: int, chunk_size: int = CHUN
     """What `write_chunks` had made, each (num_images, ...)."""
     chunks = [load_file(path) for path in _paths(folder, name, num_images, chunk_size)]
     return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def write_real(folder: Path, features: Features, data: ImageData, is_shown: bool = True) -> None:
+    """Have what `embed` gives of all real images in chunks in the folder."""
+
+    def make(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        return embed(features, data.subset(numbers))
+
+    write_chunks(folder, "real", len(data), make, REAL_CHUNK_SIZE, is_shown)
+
+
+def read_real(folder: Path, data: ImageData) -> dict[str, torch.Tensor]:
+    """What `write_real` had made."""
+    return read_chunks(folder, "real", len(data), REAL_CHUNK_SIZE)
 
 
 def _paths(folder: Path, name: str, num_images: int, chunk_size: int) -> dict[Path, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +13,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from eval.evaluate import identify
 from teachers.component import weights_digest
 from teachers.data import NO_CLASS, DataConfig, ImageData
-from teachers.folder import renewed_folder
+from teachers.folder import new_folder
 from teachers.progress import progress_bar
 from teachers.sharing import each_once
 
 FEATURE_SIZE = 64
+DESCRIPTION = "training.json"  # beside the weights: what they were trained on
 MAX_KEPT = 2**26  # numbers of training images that are kept in memory (256 MiB); of more, what is drawn is read
 
 
@@ -89,20 +92,18 @@ class ClassifierFeatures:
         test: ImageData,
         device: torch.device | str = "cpu",
     ) -> ClassifierFeatures:
-        """The classifier in the folder if it was trained on this data; else one is trained and kept there, by one of
-        the processes that want it."""
-        description = folder / "training.json"
-        wanted = {key: value for key, value in asdict(config).items() if key != "split"}
-        if description.is_file() and json.loads(description.read_text())["data"] != wanted:
-            description.unlink(missing_ok=True)  # first and last: never beside weights that it does not describe
-        for _ in each_once([description]):
+        """The classifier that was trained on this data, in a folder of its own in `folder`; if there is none it is
+        trained and kept there, by one of the processes that want it."""
+        data = {key: value for key, value in asdict(config).items() if key != "split"}
+        wanted = {"data": data, "trained_on": identify(train)}
+        kept = folder / hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+        for path in each_once([kept]):
             classifier, accuracy = train_classifier(train, test, device)
-            with renewed_folder(folder) as staging:
+            with new_folder(path, shared=True) as staging:
                 classifier.save_pretrained(staging)
-                about = {"data": wanted, "test_accuracy": accuracy}
-                (staging / description.name).write_text(json.dumps(about, indent=2))
-        accuracy = json.loads(description.read_text())["test_accuracy"]
-        return cls(Classifier.from_pretrained(folder).to(device), accuracy, config.name)
+                (staging / DESCRIPTION).write_text(json.dumps(wanted | {"test_accuracy": accuracy}, indent=2))
+        accuracy = json.loads((kept / DESCRIPTION).read_text())["test_accuracy"]
+        return cls(Classifier.from_pretrained(kept).to(device), accuracy, config.name)
 
 
 def train_classifier(

@@ -66,7 +66,9 @@ class ClipFeatures:
 
     def num_cut(self) -> int:
         """How many of its captions are longer than what the CLIP sees of them."""
-        return tokenize(self.processor.tokenizer, clean_prompts(list(self.captions or [])))[1]
+        captions = self.captions or []
+        parts = (captions[start : start + BATCH_SIZE] for start in range(0, len(captions), BATCH_SIZE))
+        return sum(tokenize(self.processor.tokenizer, clean_prompts(part))[1] for part in parts)
 
     def judge(self, features: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         """CLIP score and retrieval accuracy of image embeddings (N, P) of the captions in `rows` (N,)."""

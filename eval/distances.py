@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 PART, MAX_PAIRS = 2048, 2**24  # samples, and pairs of them, worked on at a time: 128 MiB of pairs
+COLUMNS = 64  # dimensions summed at a time
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Gaussian:
         """The moments of features (N, D); N must be at least 2."""
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
-        mean, num_dimensions = features.mean(0, dtype=torch.float64), features.shape[1]
+        # A mean in float64 first makes a copy in float64 of what it is of.
+        mean = torch.cat([part.mean(0, dtype=torch.float64) for part in features.split(COLUMNS, dim=1)])
+        num_dimensions = len(mean)
         products = torch.zeros(num_dimensions, num_dimensions, dtype=torch.float64)
         for part in features.split(PART):
             centred = part.double() - mean

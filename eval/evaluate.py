@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from datasets.arrow_dataset import Column
 
 from distill.loop.host import gather_on_host
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
 from teachers.conditions.condition import Conditions
-from teachers.data import NO_CLASS
+from teachers.data import NO_CLASS, ImageData
 from teachers.pipeline import TokenPipeline, all_classes
 from teachers.progress import progress_bar
 from teachers.randomness import sample_generators
@@ -104,6 +105,19 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+def spread(num_rows: int, num_chosen: int) -> torch.Tensor:
+    """So many rows, evenly spread over all; all, where there are no more."""
+    num_chosen = min(num_chosen, num_rows)
+    return torch.arange(num_chosen) * num_rows // num_chosen
+
+
+def identify(data: ImageData) -> dict[str, Any]:
+    """What tells real images from others before one is read: how many, and the fingerprint of their data set, which
+    the dates of its files are part of; None of the digits."""
+    fingerprint = data.rows.source._fingerprint if isinstance(data.rows, Column) else None
+    return {"num_images": len(data), "fingerprint": fingerprint}
+
+
 class Reference:
     """What generated images are compared with: the features (N, D) of real ones; `source` says which these are."""
 
@@ -112,7 +126,7 @@ class Reference:
         self.gaussian = Gaussian.fit(real_features)
         # Kernel distance and neighbours are over all pairs: of many real images, a part that is spread over them; of
         # generated ones, which go round the conditions, the first.
-        self.neighbours = real_features[:: -(-len(real_features) // MAX_NEIGHBOURS)]
+        self.neighbours = real_features[spread(len(real_features), MAX_NEIGHBOURS)]
 
     def measure(self, generated: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         """Of features (N, D) and the rows (N,) of their conditions: what `judge` measures, kernel distance, precision,

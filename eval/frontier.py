@@ -16,6 +16,7 @@ from torch import nn
 
 from eval.evaluate import Reference
 from eval.report import frontier_plot, write_frontier_page
+from eval.sampling import pipeline_digest
 from eval.speed import measure_speed, sampler_overhead
 from eval.tuning import Grid, tune_and_measure
 from students.loading import load_pipeline
@@ -204,18 +205,21 @@ def write_frontier(
     reference: Reference,
     grid: Grid,
     speed_batch_size: int,
-    device: torch.device,
+    teacher: MaskedDiffusionPipeline,
+    student: OneStepPipeline,
 ) -> dict[str, Any]:
     """Write the rows of `measure_frontier` as frontier.html, .png, .csv and .json; the summary that is in the last."""
     distance = reference.features.distance_names[0]
     best = min((row for row in rows if row["sampler"] != STUDENT), key=lambda row: row[distance])
-    student = rows[0]
+    measured = rows[0]
     protocol = {
         "Images": f"{grid.num_report_images} for every row, against {reference.source}; "
         f"the teacher's temperature chosen from {grid.temperatures} on another draw of {grid.num_tuning_images}",
         "Features": reference.features.name,
+        "Models": f"teacher {pipeline_digest(teacher)}, student {pipeline_digest(student)} (sha256), "
+        + str(teacher.dtype).removeprefix("torch."),
         "Speed": f"median of {SPEED_ROUNDS} interleaved rounds, batch of {speed_batch_size}, images decoded; "
-        + ", ".join(f"{key} {value}" for key, value in machine(device).items()),
+        + ", ".join(f"{key} {value}" for key, value in machine(teacher.device).items()),
         "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "clean-fid")),
     }
     plot = frontier_plot(rows, distance, STUDENT)
@@ -223,10 +227,10 @@ def write_frontier(
     write_frontier_page(folder / "frontier.html", rows, plot, distance, STUDENT, protocol)
     write_csv(rows, folder / "frontier.csv")
     summary = {
-        "student": student,
+        "student": measured,
         "best_teacher": best,
-        "ratio": student[distance] / best[distance],
-        "speedup": student["images_per_second"] / best["images_per_second"],
+        "ratio": measured[distance] / best[distance],
+        "speedup": measured["images_per_second"] / best["images_per_second"],
         "protocol": protocol,
     }
     with new_file(folder / "frontier.json") as staging:

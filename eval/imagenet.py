@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -47,7 +48,7 @@ class NpzImages:
                 self.shape, is_fortran, dtype = _read_header(file)
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} has no arr_0 with uint8 images (N, H, W, 3): {error}") from error
-        if len(self.shape) != 4 or dtype != np.uint8 or is_fortran:
+        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or is_fortran:
             raise ValueError(f"{path} has no arr_0 with uint8 images (N, H, W, 3), but {dtype} {self.shape}")
 
     def __len__(self) -> int:
@@ -60,7 +61,10 @@ class NpzImages:
             _read_header(file)
             for start in range(0, num_images, batch_size):
                 shape = min(batch_size, num_images - start), height, width, num_channels
-                pixels = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
+                try:
+                    pixels = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
+                except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise ValueError(f"{self.path} is damaged at image {start} or soon after: {error}") from error
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 255
 
     def _open(self) -> IO[bytes]:

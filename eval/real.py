@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from eval.classifier import ClassifierFeatures
-from eval.evaluate import MAX_PIXELS, Features, Reference
+from eval.evaluate import MAX_PIXELS, Features, Reference, spread
 from eval.inception import InceptionFeatures
 from teachers.data import DataConfig, ImageData, load_data
 
@@ -17,12 +17,6 @@ from teachers.data import DataConfig, ImageData, load_data
 def real_data(config: DataConfig) -> ImageData:
     """The real images to compare with: the configured split; of the embedded digits, all."""
     return load_data(replace(config, split="all") if config.name == "digits" else config)
-
-
-def spread(num_rows: int, num_chosen: int) -> torch.Tensor:
-    """So many rows, evenly spread over all; all, where there are no more."""
-    num_chosen = min(num_chosen, num_rows)
-    return torch.arange(num_chosen) * num_rows // num_chosen
 
 
 def embed(features: Features, data: ImageData, description: str | None = None) -> dict[str, torch.Tensor]:

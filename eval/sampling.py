@@ -14,6 +14,7 @@ from accelerate import PartialState
 from diffusers import ConfigMixin
 from torch import nn
 
+from distill.loop.launch import asked
 from students.loading import load_pipeline
 from teachers.component import settings_of, weights_digest
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline
@@ -34,16 +35,25 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, help="of a teacher; default: its own")
 
 
+def processes() -> PartialState:
+    """The processes of this launch, on CPUs where the launcher was told so; to be asked before anything else asks."""
+    return PartialState(cpu=asked("ACCELERATE_USE_CPU"))
+
+
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Where to work; a device that is not there is a ValueError."""
+    """Where to work, each process on a GPU of its own unless one is named by its number; a device that is not there is
+    a ValueError."""
+    device = processes().device  # of many processes each has made its own GPU torch's current one, which "cuda" means
     if options.device is None:
-        device = PartialState().device
         return device if device.type == "cuda" else torch.device("cpu")  # other devices know no float64
     try:
         return torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device} cannot be used: {reason}. Without it, a GPU is found") from error
+        raise ValueError(
+            f"--device {options.device} cannot be used: {reason}. Without it, each process takes a GPU if there is one, "
+            "else the CPU"
+        ) from error
 
 
 def open_pipeline(folder: Path | str, options: argparse.Namespace) -> TokenPipeline:
@@ -63,7 +73,12 @@ def sampling_settings(pipeline: TokenPipeline, options: argparse.Namespace) -> d
 
 
 def sampling_protocol(pipeline: TokenPipeline, options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """What figures of its images have to say of how these were made: another protocol, other images."""
+    """What figures of its images have to say of how these were made: another protocol, other images.
+
+    ValueError if there are to be none.
+    """
+    if options.num_images < 1:
+        raise ValueError(f"--num-images {options.num_images} must be at least 1")
     return {
         "pipeline": str(options.pipeline),
         "pipeline_sha256": pipeline_digest(pipeline),

@@ -26,8 +26,8 @@ from distill.loop.config import TrainingConfig
 from eval.clip_score import ClipFeatures
 from eval.frontier import choose_samplers, frontier_table, measure_frontier, save_default, write_frontier
 from eval.inception import add_inception_options, check_num_images
-from eval.real import make_features, make_reference
-from eval.sampling import DTYPES, add_device_options, device_of, open_pipeline
+from eval.real import make_features, make_reference, real_data
+from eval.sampling import DTYPES, add_device_options, device_of, json_digest, open_pipeline
 from eval.speed import VARIANTS, compare_speed, speed_table
 from eval.tuning import Grid
 from students.initialisation import TokenInitialiser
@@ -195,20 +195,22 @@ def frontier(arguments: argparse.Namespace) -> None:
     )
     prompts, device = prompts_of(teacher, arguments), teacher.device
     if prompts is None:
+        if arguments.features == "inception":
+            generated = min(arguments.num_tuning_images, arguments.num_report_images)
+            check_num_images(arguments, generated_images=generated, real_images=len(real_data(data)))
         features = make_features(data, arguments.classifier, arguments.features, arguments.inception_path, device)
     elif arguments.clip is None:
         raise ValueError("these models are conditioned on text: name a CLIP to measure with (--clip)")
     else:
         features = ClipFeatures.load(arguments.clip, prompts.prompts, device)
     reference = make_reference(features, data)
-    if features.distance_names[0] == "fid":
-        generated = min(arguments.num_tuning_images, arguments.num_report_images)
-        check_num_images(arguments, generated_images=generated, real_images=len(reference.real_features))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    about = {"reference": reference.source} | ({} if prompts is None else {"prompts": arguments.prompts})
+    about = {"reference": reference.source}
+    if prompts is not None:
+        about |= {"prompts": arguments.prompts, "prompts_sha256": json_digest(prompts.prompts)}
     cache, batch_size = arguments.output / "points.jsonl", arguments.speed_batch_size
     rows = measure_frontier(teacher, student, chosen, reference, grid, cache, about, batch_size, prompts)
-    summary = write_frontier(rows, arguments.output, reference, grid, batch_size, device)
+    summary = write_frontier(rows, arguments.output, reference, grid, batch_size, teacher, student)
     print(frontier_table(rows, reference.features.distance_names[0]))
     if arguments.save_best:
         save_default(arguments.teacher, summary["best_teacher"])

@@ -12,16 +12,21 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate import PartialState
-
 from distill.config import load_config
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
-from eval.chunks import REAL_CHUNK_SIZE, claim, from_images, read_chunks, write_chunks
-from eval.evaluate import Reference
+from eval.chunks import claim, from_images, read_chunks, read_real, write_chunks, write_real
+from eval.evaluate import Reference, identify
 from eval.inception import add_inception_options, check_num_images
-from eval.real import describe, embed, make_features, real_data
-from eval.sampling import add_sampling_options, json_digest, open_pipeline, sampling_protocol, sampling_settings
+from eval.real import describe, make_features, real_data
+from eval.sampling import (
+    add_sampling_options,
+    json_digest,
+    open_pipeline,
+    processes,
+    sampling_protocol,
+    sampling_settings,
+)
 from teachers.data import DataConfig
 
 
@@ -40,7 +45,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    config = load_config(DataConfig, overrides=arguments.data)
+    state, config = processes(), load_config(DataConfig, overrides=arguments.data)
     pipeline = open_pipeline(arguments.pipeline, arguments)
     if pipeline.condition_kind == "text":
         raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
@@ -49,22 +54,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     features = make_features(config, arguments.classifier, kind, arguments.inception_path, pipeline.device)
     if kind == "inception":
         check_num_images(arguments, generated_images=arguments.num_images, real_images=len(data))
-    protocol = sampling_protocol(pipeline, arguments, settings) | {"data": asdict(config), "features": features.name}
-    output, state = arguments.output or Path("runs/evaluation") / json_digest(protocol)[:12], PartialState()
+    protocol = sampling_protocol(pipeline, arguments, settings)
+    protocol |= {"data": asdict(config) | identify(data), "features": features.name}
+    output = arguments.output or Path("runs/evaluation") / json_digest(protocol)[:12]
     claim(output, protocol)
-
-    def of_real_images(numbers):
-        return embed(features, data.subset(numbers))
-
     make = from_images(pipeline, lambda images: {"features": features(images)}, seed=arguments.seed, **settings)
-    write_chunks(output, "real", len(data), of_real_images, REAL_CHUNK_SIZE, is_shown=state.is_main_process)
+    write_real(output, features, data, is_shown=state.is_main_process)
     write_chunks(output, "images", arguments.num_images, make, is_shown=state.is_main_process)
     if not state.is_main_process:
         return
-    real, found = (
-        read_chunks(output, "real", len(data), REAL_CHUNK_SIZE),
-        read_chunks(output, "images", arguments.num_images),
-    )
+    real, found = read_real(output, data), read_chunks(output, "images", arguments.num_images)
     reference = Reference(features, real["features"], describe(config.name, real["digests"]))
     measures = reference.measure(found["features"], found["rows"])
     for name, value in measures.items():

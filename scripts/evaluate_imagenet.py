@@ -12,14 +12,13 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
 from eval.chunks import claim, from_images, read_chunks, write_chunks
 from eval.imagenet import NpzImages, measure, read_statistics
 from eval.inception import InceptionFeatures, add_inception_options, check_num_images
-from eval.sampling import add_sampling_options, open_pipeline, sampling_protocol, sampling_settings
+from eval.sampling import add_sampling_options, open_pipeline, processes, sampling_protocol, sampling_settings
 from teachers.folder import file_digest
 
 PUBLISHED = {"fid": 6.91, "inception_score": 214.0, "precision": 0.828, "recall": 0.377}
@@ -38,9 +37,9 @@ def main() -> None:
     parser.add_argument(
         "--real-images", type=Path, help=".npz with arr_0, 10,000 real images, for precision and recall"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that keeps the features until all are there")
+    parser.add_argument("--output", type=Path, required=True, help="folder that keeps the features")
     parser.add_argument("--num-images", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, help="images at a time; default: by their tokens and pixels")
+    parser.add_argument("--batch-size", type=int, help="images at a time, of a chunk of 100 at most; default: what fits")
     add_sampling_options(parser)
     add_inception_options(parser)
     arguments = parser.parse_args()
@@ -48,6 +47,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    state = processes()
     check_num_images(arguments, generated_images=arguments.num_images)
     statistics = read_statistics(arguments.statistics)
     real_images = NpzImages(arguments.real_images) if arguments.real_images else None
@@ -67,14 +67,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         found = features(images)
         return {"features": found, "probabilities": features.probabilities(found)}
 
-    state, output, num_images = PartialState(), arguments.output, arguments.num_images
+    output, num_images, real_features = arguments.output, arguments.num_images, None
+    if real_images is not None and state.is_main_process:  # first, as a damaged file shows only now
+        real_features = torch.cat([features(images) for images in real_images.batches()])
     make = from_images(pipeline, extract, seed=arguments.seed, batch_size=arguments.batch_size, **settings)
     write_chunks(output, "images", num_images, make, is_shown=state.is_main_process)
     if not state.is_main_process:
         return
-    real_features = None
-    if real_images is not None:
-        real_features = torch.cat([features(images) for images in real_images.batches()])
     found = read_chunks(output, "images", num_images)
     measures = measure(found["features"], found["probabilities"], statistics, real_features)
     print(f"{'':18}{'here':>10}{'published':>12}")

@@ -11,18 +11,25 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from distill.config import load_config
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
-from eval.chunks import REAL_CHUNK_SIZE, claim, from_images, read_chunks, write_chunks
+from eval.chunks import claim, from_images, read_chunks, read_real, write_chunks, write_real
 from eval.clip_score import ClipFeatures
 from eval.distances import Gaussian, frechet_distance
+from eval.evaluate import identify
 from eval.imagenet import read_statistics
 from eval.inception import InceptionFeatures, add_inception_options, check_num_images
-from eval.real import describe, embed
-from eval.sampling import add_sampling_options, open_pipeline, sampling_protocol, sampling_settings
+from eval.real import describe
+from eval.sampling import (
+    add_sampling_options,
+    json_digest,
+    open_pipeline,
+    processes,
+    sampling_protocol,
+    sampling_settings,
+)
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.folder import file_digest
@@ -40,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the features of the images")
     parser.add_argument("--num-images", type=int, default=30_000, help="they go round the captions")
-    parser.add_argument("--batch-size", type=int, help="images at a time; default: by their tokens and pixels")
+    parser.add_argument("--batch-size", type=int, help="images at a time, of a chunk of 100 at most; default: what fits")
     add_sampling_options(parser)
     add_inception_options(parser)
     arguments = parser.parse_args()
@@ -48,6 +55,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    is_main = processes().is_main_process
     captions = load_prompts(load_config(PromptConfig, overrides=arguments.captions))[: arguments.num_images]
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
     data = real_images(arguments.real_images) if arguments.real_images else None
@@ -58,6 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     clip, inception = ClipFeatures.load(arguments.clip, captions, pipeline.device), None
     protocol = sampling_protocol(pipeline, arguments, settings) | {
         "captions": f"{len(captions)} of {' '.join(arguments.captions)}, {clip.num_cut()} of them cut by the CLIP",
+        "captions_sha256": json_digest(captions),
         "clip": clip.name,
     }
     if statistics is not None or data is not None:
@@ -68,18 +77,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         protocol["reference"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
     if data is not None:
         check_num_images(arguments, real_images=len(data))
-        protocol["data"] = arguments.real_images
+        protocol["data"] = {"settings": arguments.real_images, **identify(data)}
     claim(arguments.output, protocol)
 
     def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"clip": clip(images)} | ({"inception": inception(images)} if inception else {})
 
-    def of_real_images(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        return embed(inception, data.subset(numbers))
-
-    output, is_main = arguments.output, PartialState().is_main_process
+    output = arguments.output
     if data is not None:
-        write_chunks(output, "real", len(data), of_real_images, REAL_CHUNK_SIZE, is_shown=is_main)
+        write_real(output, inception, data, is_shown=is_main)
     sampling = {"conditions": Prompts(pipeline, captions), "seed": arguments.seed, "batch_size": arguments.batch_size}
     make = from_images(pipeline, extract, **sampling, **settings)
     write_chunks(output, "images", arguments.num_images, make, is_shown=is_main)
@@ -88,7 +94,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     found = read_chunks(output, "images", arguments.num_images)
     measures = clip.judge(found["clip"], found["rows"])
     if data is not None:
-        real = read_chunks(output, "real", len(data), REAL_CHUNK_SIZE)
+        real = read_real(output, data)
         statistics = Gaussian.fit(real["features"])
         protocol["reference"] = describe(" ".join(arguments.real_images), real["digests"])
     if statistics is not None:

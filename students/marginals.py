@@ -80,7 +80,7 @@ class MarginalTable(nn.Module):
     def _of_the_rest(self, uniform: torch.Tensor) -> torch.Tensor:
         sums = self.rest_bits.view(torch.float32)
         by_position = uniform.T.contiguous() * sums[:, -1:]  # all samples share the probabilities of a position
-        return torch.searchsorted(sums, by_position, right=True).T
+        return torch.searchsorted(sums, by_position, right=True).clamp(max=sums.shape[-1] - 1).T
 
 
 def _bits(sums: torch.Tensor) -> torch.Tensor:

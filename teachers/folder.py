@@ -9,29 +9,37 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors.torch import load_file, save_file
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, shared: bool = False) -> Iterator[Path]:
     """A folder to fill, which gets the name `output` at the end; after an error there is nothing of that name.
 
-    Raises ValueError if `output` is there and not empty.
+    Raises ValueError if `output` is there and not empty. Where it is `shared`, other processes make the same one, and
+    that of the first stays.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not shared and _is_taken(output):
         raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
-    staging = output.with_name(f".{output.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = output.with_name(f".{output.name}.{uuid4().hex}.staging")
     staging.mkdir(parents=True)
     try:
         yield staging
-    except BaseException:
+        for path in staging.rglob("*"):
+            let_others_read(path)
+        try:
+            os.replace(staging, output)  # also of an empty one
+        except OSError:
+            if not shared or not _is_taken(output):
+                raise
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    os.replace(staging, output)
+
+
+def _is_taken(output: Path) -> bool:
+    return output.exists() and (not output.is_dir() or any(output.iterdir()))
 
 
 @contextlib.contextmanager
@@ -56,13 +64,22 @@ def _made(folder: Path) -> Path:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once it is on the disk; after an error all is as it was."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.staging")
+    staging = path.with_name(f".{path.name}.{uuid4().hex}.staging")
     try:
         yield staging
+        let_others_read(staging)
         sync(staging)
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the rights of any new file: safetensors' are for its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if path.is_file():
+        path.chmod(0o666 & ~umask)
 
 
 def file_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ def each_once(results: Iterable[Path]) -> Iterator[Path]:
     waits for those that others are at, however long that takes, and makes what a process that died has left. Once the
     loop is over, all are there.
 
-    A file system without locks costs work that is done twice, no more: results are renamed into place whole.
+    On a file system without locks all make all: results are renamed into place whole, so that this costs time alone.
     """
     for waits in (False, True):
         for result in results:

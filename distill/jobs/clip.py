@@ -118,6 +118,7 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     )
     finished = trainer.train()
     network = trainer.averaged_network()
+    accelerator.end_training()
     if finished and accelerator.is_main_process:
         network.save_pretrained(output / "clip")
         processor.save_pretrained(output / "clip")

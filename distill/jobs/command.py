@@ -9,15 +9,14 @@ from diffusers.utils import logging as diffusers_logging
 
 
 def run(command: Callable[[], object]) -> None:
-    """Call the command; one process of several speaks for all."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(levelname)s: %(message)s")
+    """Call the command; one process of several warns for all, and each that fails says why."""
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.WARNING if rank == "0" else logging.ERROR, format="%(levelname)s: %(message)s")
     diffusers_logging.disable_progress_bar()  # a bar for opening three small files is noise
     try:
         command()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

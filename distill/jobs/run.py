@@ -23,20 +23,26 @@ def open_run(job: Any) -> tuple[Accelerator, Path]:
     """
     output = Path(job.output)
     accelerator = make_accelerator(job.training, output)
-    mistake = from_main_process(claim_mistake(output, job.training.resume) if accelerator.is_main_process else None)
-    if mistake:
+    if mistake := from_main_process(_claim(output, job) if accelerator.is_main_process else None):
         raise ValueError(mistake)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / STOP_FILE).unlink(missing_ok=True)
-        with new_file(output / CONFIG) as staging:
-            staging.write_text(to_yaml(job))
     return accelerator, output
+
+
+def _claim(output: Path, job: Any) -> str | None:
+    """Make the folder the job's, unless something is wrong with it, which is returned."""
+    if mistake := claim_mistake(output, job.training.resume):
+        return mistake
+    output.mkdir(parents=True, exist_ok=True)
+    (output / STOP_FILE).unlink(missing_ok=True)
+    with new_file(output / CONFIG) as staging:
+        staging.write_text(to_yaml(job))
+    return None
 
 
 def claim_mistake(output: Path, resume: bool) -> str | None:
     """Why a run must not write into a folder; nothing is ever overwritten. With `resume` it may be a run's."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    seen = [path for path in output.iterdir() if not path.name.startswith(".")] if output.is_dir() else []
+    if not output.exists() or (output.is_dir() and not seen):  # hidden is what a process that died had begun
         return None
     if not resume:
         return (

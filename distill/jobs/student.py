@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distill.config import choice, load_config, section, setting
-from distill.jobs.run import open_run
+from distill.jobs.run import CONFIG, open_run
 from distill.loop.alarms import AlarmConfig
 from distill.loop.checkpoint import best_checkpoint, newest_checkpoint, step_of, verify_checkpoint
 from distill.loop.config import TrainingConfig
@@ -23,17 +23,18 @@ from students.adapters import make_learner, merged
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.conditions.condition import Condition, Conditions
-from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
+from teachers.conditions.prompt_cache import PromptCache, prompts_key, write_prompt_cache
 from teachers.conditions.prompts import PromptConfig, load_prompts
 from teachers.cost import cost_summary
 from teachers.data import DataConfig
 from teachers.denoiser import Denoiser
-from teachers.folder import new_folder
+from teachers.folder import new_file, new_folder
 from teachers.networks.recompute import recompute_activations
 from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 from teachers.randomness import derive_seed, rand
 from teachers.sharing import each_once
 
+PROMPTS = "prompts.txt"  # in the folder of a run: the key of the prompts that it was begun on
 TEACHER_DTYPES: dict[str, Callable[[Any], nn.Module]] = {
     "float32": nn.Module.float,
     "bfloat16": nn.Module.bfloat16,
@@ -143,7 +144,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
 
     def draw_condition(step: int, places: range, generators: list[torch.Generator]) -> Condition:
         uniform = rand(len(places), 1, generator=generators).squeeze(1)
-        return conditions.condition((uniform * len(conditions)).long(), accelerator.device)
+        rows = (uniform * len(conditions)).long().clamp(max=len(conditions) - 1)  # of millions it may round up
+        return conditions.condition(rows, accelerator.device)
 
     trainer = Trainer(
         job.training,
@@ -156,7 +158,9 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         sequence_length=teacher.sequence_length,
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
-    return trainer.train()
+    finished = trainer.train()
+    accelerator.end_training()
+    return finished
 
 
 def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
@@ -167,9 +171,17 @@ def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: P
         raise ValueError("this teacher is conditioned on text: name the prompts to distil on (prompts.name)")
     prompts, negative_prompt = load_prompts(job.prompts), job.negative_prompt or teacher.config.negative_prompt
     parent = Path(job.prompts.cache) if job.prompts.cache else output.parent / "prompts"
-    assert teacher.text_encoder is not None
-    assert teacher.text_tokenizer is not None
-    folder = write_prompt_cache(parent, teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt)
+    if teacher.text_encoder is None or teacher.text_tokenizer is None:
+        raise ValueError(f"the teacher at {job.teacher} has no text encoder and tokenizer, which encode the prompts")
+    to_encode = teacher.text_encoder, teacher.text_tokenizer, prompts, negative_prompt
+    for note in each_once([output / PROMPTS]):
+        with new_file(note) as staging:
+            staging.write_text(prompts_key(*to_encode))
+    if prompts_key(*to_encode) != (output / PROMPTS).read_text():
+        raise ValueError(
+            f"{output} was begun on other prompts, or with another text encoder; name another output folder"
+        )
+    folder = write_prompt_cache(parent, *to_encode)
     teacher.register_modules(text_encoder=None, text_tokenizer=None)
     return PromptCache(folder, teacher.tokenizer.config.image_size)
 
@@ -180,7 +192,7 @@ def make_initialiser(
     """The initialiser in the run's folder, put there first if it is not."""
     folder = output / "initialiser"
     for missing in each_once([folder]):
-        with new_folder(missing) as staging:
+        with new_folder(missing, shared=True) as staging:
             initialiser = TokenInitialiser.for_teacher(teacher, conditions=conditions, **asdict(job.initial))
             initialiser.save_pretrained(staging)
     return TokenInitialiser.from_pretrained(folder).to(teacher.device)
@@ -209,9 +221,9 @@ def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, Studen
         checkpoint = newest_checkpoint(run / "checkpoints")
     step = step_of(checkpoint)
     teacher = load_teacher(job.teacher)
-    if job.adapter_rank:
-        TEACHER_DTYPES[job.teacher_dtype](teacher.denoiser)  # what the adapters learnt beside
     learner: Any = make_learner(teacher.denoiser, job.freeze_embeddings, job.adapter_rank)
+    if job.adapter_rank:
+        TEACHER_DTYPES[job.teacher_dtype](teacher.denoiser)  # what the adapters, which are in float32, learnt beside
     restore(trained_parameters(learner), SavedTensors(checkpoint, AVERAGED))
     student = merged(learner).requires_grad_(False)
     initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
@@ -229,6 +241,6 @@ def find_best(run: Path) -> Path:
 
 def load_job(run: Path) -> StudentJob:
     """The job of a run folder; a folder that is none is a FileNotFoundError."""
-    if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run} is not the folder of a distillation run: it has no config.yaml")
-    return load_config(StudentJob, run / "config.yaml")
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run} is not the folder of a distillation run: it has no {CONFIG}")
+    return load_config(StudentJob, run / CONFIG)

@@ -131,6 +131,7 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     )
     finished = trainer.train()
     network = trainer.averaged_network()
+    accelerator.end_training()
     if finished and accelerator.is_main_process:
         text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
         pipeline(network, *text_modules).save_pretrained(output / "pipeline")
@@ -207,7 +208,7 @@ def tokenise(job: TeacherJob, data: ImageData, folder: Path) -> TokenCache:
     """The tokens of images, by the patch tokenizer in the folder or one that is fitted and put there."""
     images = data.images()
     for missing in each_once([folder]):  # k-means may not repeat itself to the bit
-        with new_folder(missing) as staging:
+        with new_folder(missing, shared=True) as staging:
             PatchTokenizer.fit(images, seed=job.training.seed, **asdict(job.tokenizer)).save_pretrained(staging)
     tokenizer = PatchTokenizer.from_pretrained(folder)
     return TokenCache(tokenizer.encode(images), data.labels, data.class_names, data.texts, tokenizer)

@@ -87,6 +87,7 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     )
     finished = trainer.train()
     network = trainer.averaged_network()
+    accelerator.end_training()
     if finished and accelerator.is_main_process:
         network.save_pretrained(output / "tokenizer")
     return finished

@@ -29,7 +29,7 @@ def make_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         policy = shard_precision(config.mixed_precision, accelerator.device)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if accelerator.device.type == "cuda" and config.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")  # for the last product: of bfloat16's numbers nothing is lost
+        torch.set_float32_matmul_precision("high")  # TF32, which rounds to 2^-11, for the last product
     if config.mixed_precision == "fp16":
         accelerator.native_amp = True  # on a CPU it would run in full precision without a word
     share = config.batch_size / (accelerator.num_processes * config.gradient_accumulation_steps)

@@ -18,8 +18,8 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from distill.loop.host import from_main_process, gather_on_host
-from teachers.folder import file_digest, new_file, sync
+from distill.loop.host import from_main_process, gather_on_host, on_any_process
+from teachers.folder import file_digest, let_others_read, new_file, sync
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,11 @@ def save_checkpoint(directory: Path, step: int, keep: int, contents: Iterable[Ca
     failure = from_main_process(_attempt(partial(_make_empty, directory, staging)) if is_main else None)
     files: Files = {}
     for write in contents:
-        if failure is None:
-            failure = _attempt(partial(_write, write, staging, files))
+        if on_any_process(
+            failure is not None
+        ):  # so that the slowest disk is waited for here, not in the next gathering
+            break
+        failure = _attempt(partial(_write, write, staging, files))
     shares = gather_on_host((failure, files))
     if is_main:
         failure = next((failure for failure, _ in shares if failure is not None), None)
@@ -74,14 +77,23 @@ def verify_checkpoint(checkpoint: Path) -> int:
 
     All processes call it, and each reads its share of the files.
     """
-    manifest = _read_manifest(checkpoint)
     state = PartialState()
+    manifest = from_main_process(_manifest_or_mistake(checkpoint) if state.is_main_process else None)
+    if isinstance(manifest, str):
+        raise ValueError(manifest)
     share = list(manifest["files"].items())[state.process_index :: state.num_processes]
     mistakes = [mistake for name, entry in share if (mistake := _difference(checkpoint / name, entry))]
     for found in gather_on_host(mistakes):
         if found:
             raise ValueError(found[0])
     return manifest["step"]
+
+
+def _manifest_or_mistake(checkpoint: Path) -> dict[str, Any] | str:
+    try:
+        return _read_manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -154,11 +166,12 @@ def _folder(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 
 
-def _attempt(work: Callable[[], object]) -> Exception | None:
+def _attempt(work: Callable[[], object]) -> str | None:
+    """What a disk, or the library that writes to it, has against it."""
     try:
         work()
     except (OSError, SafetensorError) as error:
-        return error
+        return str(error)
     return None
 
 
@@ -172,6 +185,7 @@ def _write(write: Callable[[Path], Path | None], staging: Path, files: Files) ->
     """Write a part, and hash it while the system has it in memory still."""
     path = write(staging)
     if path is not None:
+        let_others_read(path)
         sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
 

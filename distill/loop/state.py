@@ -6,7 +6,7 @@ number of processes, or sharded in another way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -21,16 +22,25 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def gather(
-    tensors: dict[str, torch.Tensor], is_kept: Callable[[int], bool] = lambda number: True
-) -> dict[str, torch.Tensor]:
-    """Whole copies in the CPU's memory of the tensors that this process keeps, by number; all processes call it."""
+def gather(tensors: dict[str, torch.Tensor], kept: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Whole copies in the CPU's memory of the tensors that this process keeps, or of all; all processes call it."""
     gathered = {}
-    for number, (name, tensor) in enumerate(tensors.items()):
+    for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_kept(number):
+        if kept is None or name in kept:
             gathered[name] = whole.detach().to("cpu", copy=True).contiguous()
     return gathered
+
+
+def kept_by(process: int, num_processes: int, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """The names of the tensors that a process keeps, so that all keep about as many bytes: the largest go first."""
+    sizes, kept = [0] * num_processes, set()
+    for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
+        keeper = min(range(num_processes), key=sizes.__getitem__)
+        sizes[keeper] += tensors[name].nbytes
+        if keeper == process:
+            kept.add(name)
+    return kept
 
 
 def save_share(
@@ -39,9 +49,10 @@ def save_share(
     """Write the tensors that one of the processes keeps, if it keeps any, into a file of its own, and return it."""
     suffix = "" if num_processes == 1 else f"-{process:05d}-of-{num_processes:05d}"
     path = folder / f"{name}{suffix}.safetensors"
-    if tensors:
-        save_file(tensors, path)
-    return path if tensors else None
+    if not tensors:
+        return None
+    save_file(tensors, path)
+    return path
 
 
 class SavedTensors:
@@ -86,8 +97,19 @@ def restore(tensors: Mapping[str, torch.Tensor], saved: SavedTensors) -> None:
             tensor.copy_(saved.read(name))
 
 
+def reshard(network: nn.Module) -> None:
+    """Let go of weights that FSDP2 gathered for a forward that no backward followed."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What of tensors that may be sharded lies on this process: plain tensors, which torch works on many at a time."""
+    """What of tensors that may be sharded lies on this process: plain tensors, which torch works on many at a time.
+
+    Those of parameters require gradients as these do, and have to: what does not, an `EMAModel` copies.
+    """
+    assert torch.is_grad_enabled()
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 

@@ -32,7 +32,9 @@ from distill.loop.state import (
     SavedTensors,
     adam_state,
     gather,
+    kept_by,
     local_parts,
+    reshard,
     restore,
     save_share,
     shards_like,
@@ -124,8 +126,6 @@ class Trainer:
                 num_training_steps=config.num_steps,
             )
         self.ema = EMAModel(local_parts(self._averaged_parameters()), decay=config.ema_decay, foreach=True)
-        precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-        self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
         goes_on = config.resume and from_main_process(has_checkpoints(self.checkpoints))
         if goes_on:
             self._load()
@@ -136,6 +136,8 @@ class Trainer:
             for key, value in (run_settings or {}).items()
         }
         accelerator.init_trackers("tracker", config=plain)
+        precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
 
     def train(self) -> bool:
         """Run to the last step; False if a signal ended it early. Either way a checkpoint holds all that was done."""
@@ -163,7 +165,6 @@ class Trainer:
                 if self._save_and_evaluate(last):
                     logger.warning("stopped after step %d; go on with training.resume=true", self.step)
                     break
-        self.accelerator.end_training()
         return self.step == config.num_steps
 
     def _save_and_evaluate(self, last: bool) -> bool:
@@ -241,6 +242,8 @@ class Trainer:
             self.optimizers[name].step()
         for optimizer in self.optimizers.values():  # a loss may have flowed through networks that did not learn from it
             optimizer.zero_grad()
+        for network in self.networks.values():
+            reshard(network)
         self._unread.append((self.step, update, left_out))
         if measured or self.loss_scale.enabled:
             self._count_nonfinite()
@@ -301,6 +304,9 @@ class Trainer:
             self._averaged_network.cpu()
         if measures:
             self._write(measures)
+        return from_main_process(self._if_best(measures) if self.accelerator.is_main_process else None)
+
+    def _if_best(self, measures: dict[str, float]) -> float | None:
         value, best = measures.get(self.config.keep_best), best_checkpoint(self.checkpoints)
         return value if value is not None and (best is None or value < best[2]) else None
 
@@ -328,7 +334,7 @@ class Trainer:
         """What a checkpoint holds, part by part: all processes gather a tensor, and one of them keeps and writes it."""
         process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         for name, tensors in self._saved_tensors():
-            share = gather(tensors, lambda number: number % num_processes == process)
+            share = gather(tensors, kept_by(process, num_processes, tensors))
             yield partial(save_share, name, share, process, num_processes)
         counters = {
             "step": self.step,

@@ -26,6 +26,7 @@ from teachers.randomness import to_device
 from teachers.shards import MappedRows, shards_of
 from teachers.sharing import each_once
 
+OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # no part of a network
 PROMPTS = "prompts.parquet"  # each prompt, and the row of its encoding
 
 
@@ -126,7 +127,9 @@ def prompts_key(
 ) -> str:
     """The first 16 digits of a SHA-256 of all that the encodings depend on."""
     found = hashlib.sha256(weights_digest(text_encoder).encode())
-    vocabulary = sorted(text_tokenizer.get_vocab().items())
-    for part in (text_tokenizer.model_max_length, vocabulary, negative_prompt, *prompts):
-        found.update(json.dumps(part).encode() + b"\n")
+    settings = {key: value for key, value in text_encoder.config.to_dict().items() if key not in OF_THE_FILE}
+    words = json.loads(text_tokenizer.backend_tokenizer.to_str())["model"]  # the vocabulary, and how it is put together
+    special = text_tokenizer.model_max_length, text_tokenizer.pad_token_id
+    for part in (settings, words, special, negative_prompt, *prompts):
+        found.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return found.hexdigest()[:16]

@@ -116,7 +116,7 @@ def _claim(
     if known != source:
         raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
     for path in each_once([folder / "tokenizer"]):
-        with new_folder(path) as staging:
+        with new_folder(path, shared=True) as staging:
             tokenizer.save_pretrained(staging)
 
 

@@ -6,6 +6,7 @@ OMP_NUM_THREADS=1 PYTHONPATH=. python tests/scale/checkpoint.py FOLDER [--num-pr
 import argparse
 import os
 import shutil
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate import PartialState
 
 from distill.loop.checkpoint import newest_checkpoint, save_checkpoint
 from distill.loop.host import on_any_process
-from distill.loop.state import gather, save_share
+from distill.loop.state import gather, kept_by, save_share
 
 NUM_TENSORS = 64
 
@@ -27,7 +28,7 @@ def save(folder, gigabytes):
     tensors = {str(number): torch.randn(size) for number in range(NUM_TENSORS)}
     on_any_process(False)
     start = time.perf_counter()
-    share = gather(tensors, lambda number: number % num_processes == process)
+    share = gather(tensors, kept_by(process, num_processes, tensors))
     assert save_checkpoint(folder, 1, 1, [partial(save_share, "tensors", share, process, num_processes)])
     saved = time.perf_counter()
     newest_checkpoint(folder)
@@ -42,12 +43,13 @@ def main():
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--gigabytes", type=float, default=1.6)
     arguments = parser.parse_args()
-    work = partial(save, arguments.folder, arguments.gigabytes)
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    work = partial(save, folder, arguments.gigabytes)
     if arguments.num_processes == 1:
         work()
     else:
         torch.multiprocessing.start_processes(_process, (work, arguments.num_processes), arguments.num_processes)
-    shutil.rmtree(arguments.folder)
+    shutil.rmtree(folder)
 
 
 def _process(rank, work, num_processes):

@@ -18,6 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
 from teachers.conditions.prompts import PromptConfig, load_prompts
 
+SHARD_SIZE = 4096
+
 
 def make(folder: Path, num_prompts: int) -> None:
     """A text file of different prompts, and a text encoder with its tokenizer."""
@@ -31,7 +33,7 @@ def encode(folder: Path) -> None:
     prompts = load_prompts(PromptConfig(name=str(folder / "prompts.txt")))
     text_encoder = CLIPTextModelWithProjection.from_pretrained(folder / "clip")
     text_tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
-    write_prompt_cache(folder / "cache", text_encoder, text_tokenizer, prompts)
+    write_prompt_cache(folder / "cache", text_encoder, text_tokenizer, prompts, shard_size=SHARD_SIZE)
 
 
 def read(folder: Path) -> None:
@@ -59,7 +61,7 @@ def main() -> None:
     def shards() -> set[Path]:
         return set((folder / "cache").glob("*/encoded-*.safetensors"))
 
-    num_shards = -(-(arguments.prompts + 1) // 4096)
+    num_shards = -(-(arguments.prompts + 1) // SHARD_SIZE)
     result = {"killed_half_way": life(lambda: encode(folder), lambda: len(shards()) >= num_shards / 2)}
     kept = {path: path.stat().st_mtime_ns for path in shards()}
     result["gone_on"] = life(lambda: encode(folder))

@@ -28,3 +28,14 @@ def test_after_an_error_all_is_as_it_was(tmp_path):
             fail_half_way(staging / "weights")
     assert (tmp_path / "file").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_of_a_shared_folder_the_first_stays(tmp_path):
+    """Where there are no locks two processes may make the same one."""
+    output = tmp_path / "made"
+    with new_folder(output, shared=True) as slow:
+        (slow / "by").write_text("the slow one")
+        with new_folder(output, shared=True) as fast:
+            (fast / "by").write_text("the fast one")
+    assert (output / "by").read_text() == "the fast one"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

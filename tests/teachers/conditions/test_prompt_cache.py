@@ -116,6 +116,10 @@ def test_the_key_knows_all_that_the_encodings_depend_on(encoder):
     text_tokenizer.model_max_length = 11
     keys.append(prompts_key(text_encoder, text_tokenizer, ["a", "b"], ""))
     keys.append(prompts_key(text_encoder, text_tokenizer.train_new_from_iterator(["zzz"], 64), ["a", "b"], ""))
+    text_tokenizer.pad_token = text_tokenizer.bos_token
+    keys.append(prompts_key(text_encoder, text_tokenizer, ["a", "b"], ""))
+    text_encoder.config.hidden_act = "gelu"
+    keys.append(prompts_key(text_encoder, text_tokenizer, ["a", "b"], ""))
     with torch.no_grad():
         text_encoder.text_projection.weight[0, 0] += 1
     keys.append(prompts_key(text_encoder, text_tokenizer, ["a", "b"], ""))
