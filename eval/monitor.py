@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from distill.loop.host import from_main_process
 from eval.clip_score import ClipFeatures
-from eval.evaluate import MAX_PIXELS, Features, Reference, batch_size_for, gather_rows, generate
+from eval.evaluate import MAX_PIXELS, Features, Reference, batch_size_for, gather_rows, generate, spread
 from eval.real import embed, make_features, make_reference, real_data
 from students.export import image_grid, sample_grid
 from teachers.conditions.condition import Conditions

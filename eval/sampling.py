@@ -51,8 +51,8 @@ def device_of(options: argparse.Namespace) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device {options.device} cannot be used: {reason}. Without it, each process takes a GPU if there is one, "
-            "else the CPU"
+            f"--device {options.device} cannot be used: {reason}. Without it, each process takes a GPU of its own "
+            "if there is one, else the CPU"
         ) from error
 
 

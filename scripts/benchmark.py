@@ -36,7 +36,7 @@ from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.cost import machine
 from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
-from teachers.released.sizes import random_components
+from teachers.released.sizes import RELEASED, random_components
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def add_sample_options(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--random", metavar="SIZE", help="untrained models of a released size, e.g. maskgit-256")
+    options.add_argument("--random", choices=RELEASED, help="untrained models of a released size")
     options.add_argument("--variants", nargs="+", default=[], choices=VARIANTS, help="the student in other ways, too")
     options.add_argument("--steps", type=int, nargs="+", help="of the teacher; default: 1 to 32, as its tokens allow")
     options.add_argument("--guidance-scale", type=float, default=1.0, help="of the teacher; above 1 counts twice")

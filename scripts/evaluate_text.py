@@ -47,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the features of the images")
     parser.add_argument("--num-images", type=int, default=30_000, help="they go round the captions")
-    parser.add_argument("--batch-size", type=int, help="images at a time, of a chunk of 100 at most; default: what fits")
+    parser.add_argument("--batch-size", type=int, help="images at a time, 100 at most; default: what fits")
     add_sampling_options(parser)
     add_inception_options(parser)
     arguments = parser.parse_args()

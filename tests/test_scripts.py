@@ -85,6 +85,7 @@ def test_from_run_to_samples_measurements_and_timings(command):
     assert list(dict.fromkeys(row["sampler"] for row in rows)) == ["one-step student", "random order", "PUNT"]
     on_frontier = [row for row in rows if row["on_frontier"]]
     assert min(on_frontier, key=lambda row: row["nfe"])["setting"] == "1 step"
+    assert pipeline_digest(OneStepPipeline.from_pretrained("one")) in json.loads(last)["protocol"]["Models"]
     best = min(rows[1:], key=lambda row: row["fd"])
     assert best in on_frontier
     assert json.loads(last)["best_teacher"] == best
@@ -112,9 +113,11 @@ def test_mistakes_are_one_line(command):
         ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
         ("evaluate.py", ["teacher", "nam=digits"], "did you mean name?"),
         ("evaluate.py", ["teacher", "--features", "inception", "--inception-path", "no"], "no Inception weights"),
+        ("evaluate.py", ["teacher", "--num-images", 0], "--num-images 0 must be at least 1"),
+        ("benchmark.py", [*FRONTIER, "--features", "inception", "--inception-path", "no"], "images is not one"),
         ("benchmark.py", [*FRONTIER, "--samplers", "Holton"], "no sampler 'Holton'; choose from random order, "),
         ("train_student.py", ["teacher=teacher", "output=run"], "output folder run is not empty"),
-        ("train_student.py", ["teacher=nowhere", "output=other"], "no MaskedDiffusionPipeline at nowhere"),
+        ("train_student.py", ["teacher=./nowhere", "output=other"], "no MaskedDiffusionPipeline at ./nowhere"),
         ("train_teacher.py", ["data.split=validation", "output=other"], "no split 'validation'"),
     ]:
         status, _, errors = command(script, *arguments)

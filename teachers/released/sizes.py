@@ -80,7 +80,7 @@ def tokenizer(side: int, settings: dict[str, Any], unit_range: bool = False) -> 
     return VQTokenizer((16 * side, 16 * side), settings, unit_range)
 
 
-RELEASED: dict[str, Callable[[], Sizes]] = {
+RELEASED: dict[str, Callable[[], Sizes]] = {  # those that need nothing beside themselves
     "maskgit-256": lambda: maskgit(16),
     "maskgit-512": lambda: maskgit(32),
     "halton-tiny-256": lambda: halton(16, 384, 6, 6, 1024),
@@ -89,6 +89,8 @@ RELEASED: dict[str, Callable[[], Sizes]] = {
     "halton-small-384": lambda: halton(24, 512, 12, 6, 1536),
     "halton-base-384": lambda: halton(24, 768, 12, 12, 2048),
     "halton-large-384": lambda: halton(24, 1024, 24, 16, 2816),
+}
+OF_TEXT: dict[str, Callable[[], Sizes]] = {
     "amused-256": lambda: amused(16, resampling=False),
     "amused-512": lambda: amused(32, resampling=True),
     "meissonic-1024": lambda: meissonic(64),
@@ -101,7 +103,7 @@ def random_components(name: str, seed: int = 0) -> dict[str, Any]:
     Of one conditioned on text the text encoder is without its tokenizer: its conditions come encoded.
     """
     torch.manual_seed(seed)
-    denoiser, others = RELEASED[name]()
+    denoiser, others = (RELEASED | OF_TEXT)[name]()
     components = {"denoiser": denoiser, **others}
     for component in components.values():
         if isinstance(component, torch.nn.Module):

@@ -82,6 +82,11 @@ def test_captions_in_images_and_scores_out(command, clip_folder, tmp_path):
     kept = next(Path("out").glob("images-*")).stat().st_mtime_ns
     assert json.loads(command("evaluate_text.py", "amused", *arguments)[1]) == result
     assert next(Path("out").glob("images-*")).stat().st_mtime_ns == kept
+    captions = Path("captions.txt").read_text()
+    Path("captions.txt").write_text(captions.replace("green", "blue"))
+    status, _, errors = command("evaluate_text.py", "amused", *arguments)
+    assert status == 2
+    assert "other settings: captions_sha256 (" in errors
 
 
 def test_other_captions_are_drawn_without_listing_all():

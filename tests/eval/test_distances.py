@@ -49,6 +49,11 @@ def test_one_dimension():
         Gaussian.fit(first[:1])
 
 
+def test_a_mean_by_columns_is_to_the_last_digit_that_of_all():
+    features = torch.randn(5000, 100)
+    assert torch.equal(Gaussian.fit(features).mean, features.double().mean(0))
+
+
 def test_kernel_distance_equals_the_sum_over_pairs():
     x, y = torch.randn(5, 3), torch.randn(4, 3) + 1
 

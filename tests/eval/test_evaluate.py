@@ -10,9 +10,9 @@ import torch
 
 from eval import inception
 from eval.classifier import ClassifierFeatures, train_classifier
-from eval.evaluate import MAX_PIXELS, Reference, batch_size_for, generate, generate_features
+from eval.evaluate import MAX_PIXELS, Reference, batch_size_for, generate, generate_features, identify, spread
 from eval.monitor import SampleMonitor
-from eval.real import describe, embed, make_features, make_reference, spread
+from eval.real import describe, embed, make_features, make_reference
 from eval.speed import measure_speed
 from eval.tuning import REPORT_SEED, TUNING_SEED, Grid, tune_and_measure
 from students import OneStepPipeline, TokenInitialiser
@@ -30,9 +30,9 @@ def features(tmp_path_factory):
 def test_the_classifier_knows_digits_and_is_kept(features):
     trained, folder = features
     assert trained.test_accuracy > 0.97
-    weights = folder / "diffusion_pytorch_model.safetensors"
+    (weights,) = folder.glob("*/*.safetensors")
     written = weights.stat().st_mtime_ns
-    again = ClassifierFeatures.cached(folder, DataConfig(split="test"), None, None)
+    again = ClassifierFeatures.cached(folder, DataConfig(split="test"), load_data(DataConfig()), None)
     assert weights.stat().st_mtime_ns == written
     images = load_data(DataConfig(split="test")).images()
     assert torch.equal(again(images), trained(images))
@@ -123,6 +123,7 @@ def test_a_bounded_reference_is_spread_over_the_data():
     rows = spread(1797, 1000)
     assert len(rows.unique()) == 1000
     assert (rows.diff() <= 2).all()
+    assert len(Reference(Watch(), torch.rand(10_001, 2), "noise").neighbours) == 10_000
     reference = make_reference(Watch(), DataConfig(), 50)
     assert torch.equal(
         reference.real_features, load_data(DataConfig(split="all")).images()[spread(1797, 50)].flatten(1)
@@ -152,9 +153,44 @@ def test_processes_that_want_a_classifier_train_one(tmp_path, monkeypatch):
     data = load_data(DataConfig(split="test"))
     names = [ClassifierFeatures.cached(tmp_path / "c", DataConfig(), data, data).name for _ in range(2)]
     assert (len(trained), names[0]) == (1, names[1])
-    other = DataConfig(label_column="other")
-    assert ClassifierFeatures.cached(tmp_path / "c", other, data, data).name == names[0]  # trained alike
-    assert len(trained) == 2
+
+
+def test_each_data_set_has_a_classifier_of_its_own(tmp_path, monkeypatch):
+    """One folder for two data sets: the second comes while the first trains, and both come again."""
+    few, many = load_data(DataConfig(split="test")), load_data(DataConfig())
+    trained, names = [], {}
+
+    def train(train, test, device):
+        trained.append(len(train))
+        if train is few:
+            names["many"] = ClassifierFeatures.cached(tmp_path, DataConfig(), many, few).name
+        return train_classifier(train, test, device, num_steps=2)
+
+    monkeypatch.setattr("eval.classifier.train_classifier", train)
+    names["few"] = ClassifierFeatures.cached(tmp_path, DataConfig(), few, few).name
+    assert trained == [297, 1500]
+    assert names["few"] != names["many"]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    for name, data in [("few", few), ("many", many), ("few", few)]:
+        assert ClassifierFeatures.cached(tmp_path, DataConfig(), data, few).name == names[name]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")} == files
+    ClassifierFeatures.cached(tmp_path, DataConfig(label_column="other"), many, few)
+    assert trained == [297, 1500, 1500]
+
+
+def test_pictures_that_change_are_other_images(tmp_path):
+    def pictures():
+        return identify(load_data(DataConfig(name=str(tmp_path / "images"))))
+
+    for name, shade in [("dark", 30), ("light", 220)]:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        PIL.Image.new("L", (8, 8), shade).save(tmp_path / "images" / name / "0.png")
+    first = pictures()
+    assert first == pictures()
+    PIL.Image.new("L", (8, 8), 31).save(tmp_path / "images" / "dark" / "0.png")
+    assert first["num_images"] == pictures()["num_images"] == 2
+    assert first != pictures()
+    assert identify(load_data(DataConfig())) != identify(load_data(DataConfig(split="all")))
 
 
 class Fake:

@@ -127,6 +127,16 @@ def test_the_protocol_gives_the_distance_of_the_images_and_goes_on_after_an_inte
     assert chunks[0].stat().st_mtime_ns == kept
 
 
+def test_damaged_real_images_are_found_before_any_is_generated(evaluate, tmp_path):
+    content = bytearray((tmp_path / "real.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(content)
+    status, _, errors = evaluate("--few-images", real_images="damaged.npz")
+    assert status == 2
+    assert "damaged.npz is damaged" in errors
+    assert not list((tmp_path / "out").glob("images-*"))
+
+
 def test_real_images_are_read_a_few_at_a_time(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=pixels)
@@ -134,7 +144,12 @@ def test_real_images_are_read_a_few_at_a_time(tmp_path):
     parts = list(images.batches(4))
     assert [tuple(part.shape) for part in parts] == [(4, 3, 4, 6), (4, 3, 4, 6), (2, 3, 4, 6)]
     assert np.array_equal((255 * torch.cat(parts)).round().byte().permute(0, 2, 3, 1).numpy(), pixels)
-    for name, content in [("grey", pixels[..., 0]), ("float", pixels / 255.0), ("fortran", np.asfortranarray(pixels))]:
+    for name, content in [
+        ("grey", pixels[..., :1]),
+        ("flat", pixels[..., 0]),
+        ("float", pixels / 255.0),
+        ("fortran", np.asfortranarray(pixels)),
+    ]:
         np.savez(tmp_path / f"{name}.npz", arr_0=content)
         with pytest.raises(ValueError, match="no arr_0 with uint8 images"):
             imagenet.NpzImages(tmp_path / f"{name}.npz")
