@@ -50,11 +50,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if pipeline.condition_kind == "text":
         raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
     settings = sampling_settings(pipeline, arguments)
+    protocol = sampling_protocol(pipeline, arguments, settings)
     data, kind = real_data(config), arguments.features
-    features = make_features(config, arguments.classifier, kind, arguments.inception_path, pipeline.device)
     if kind == "inception":
         check_num_images(arguments, generated_images=arguments.num_images, real_images=len(data))
-    protocol = sampling_protocol(pipeline, arguments, settings)
+    features = make_features(config, arguments.classifier, kind, arguments.inception_path, pipeline.device)
     protocol |= {"data": asdict(config) | identify(data), "features": features.name}
     output = arguments.output or Path("runs/evaluation") / json_digest(protocol)[:12]
     claim(output, protocol)

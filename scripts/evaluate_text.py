@@ -63,20 +63,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if pipeline.condition_kind != "text":
         raise ValueError(f"{arguments.pipeline} is not conditioned on text; measure it with scripts/evaluate.py")
     settings = sampling_settings(pipeline, arguments)
+    protocol = sampling_protocol(pipeline, arguments, settings)
+    if statistics is not None or data is not None:
+        check_num_images(arguments, generated_images=arguments.num_images)
+    if data is not None:
+        check_num_images(arguments, real_images=len(data))
     clip, inception = ClipFeatures.load(arguments.clip, captions, pipeline.device), None
-    protocol = sampling_protocol(pipeline, arguments, settings) | {
+    protocol |= {
         "captions": f"{len(captions)} of {' '.join(arguments.captions)}, {clip.num_cut()} of them cut by the CLIP",
         "captions_sha256": json_digest(captions),
         "clip": clip.name,
     }
     if statistics is not None or data is not None:
         inception = InceptionFeatures(arguments.inception_path, pipeline.device)
-        check_num_images(arguments, generated_images=arguments.num_images)
         protocol["features"] = inception.name
     if statistics is not None:
         protocol["reference"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
     if data is not None:
-        check_num_images(arguments, real_images=len(data))
         protocol["data"] = {"settings": arguments.real_images, **identify(data)}
     claim(arguments.output, protocol)
 

@@ -112,7 +112,11 @@ def test_mistakes_are_one_line(command):
         ("sample.py", ["teacher", "--output", "x.png", "--device", "warp"], "--device warp cannot be used"),
         ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
         ("evaluate.py", ["teacher", "nam=digits"], "did you mean name?"),
-        ("evaluate.py", ["teacher", "--features", "inception", "--inception-path", "no"], "no Inception weights"),
+        (
+            "evaluate.py",
+            ["teacher", "--features", "inception", "--few-images", "--inception-path", "no"],
+            "no Inception weights",
+        ),
         ("evaluate.py", ["teacher", "--num-images", 0], "--num-images 0 must be at least 1"),
         ("benchmark.py", [*FRONTIER, "--features", "inception", "--inception-path", "no"], "images is not one"),
         ("benchmark.py", [*FRONTIER, "--samplers", "Holton"], "no sampler 'Holton'; choose from random order, "),
