@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from teachers.component import check_weights
 from teachers.conditions.condition import ClassCondition, ClassLabels, Condition, TextCondition
 from teachers.conditions.prompts import encode_prompts, micro_conditions
 from teachers.data import NO_CLASS
 from teachers.denoiser import ConditionKind, Denoiser, check_denoiser
 from teachers.guidance import GuidedDenoiser, check_guidance, guide
+from teachers.opening import SavedPipeline
 from teachers.randomness import Generators
 from teachers.released.published import is_published, published_components
 from teachers.samplers.sampler import Sampler
@@ -32,17 +30,6 @@ ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 MAX_LOGITS = 2**27  # of a piece of a batch: half a GiB in float32, of which there are a few at a time
-
-# What components were called in folders of the time when a file's name was part of theirs.
-FORMER_NAMES = {
-    "teachers.network": "teachers",
-    "teachers.halton_network": "teachers",
-    "teachers.meissonic_network": "teachers",
-    "teachers.amused": "teachers",
-    "teachers.tokenizer": "teachers",
-    "teachers.vq": "teachers",
-    "students.initialisation": "students",
-}
 
 
 @dataclass
@@ -57,7 +44,7 @@ class MaskedDiffusionOutput(BaseOutput):
     nfe: float
 
 
-class TokenPipeline(DiffusionPipeline):
+class TokenPipeline(SavedPipeline):
     """What teacher and student share: a denoiser over the tokens of an image tokenizer.
 
     A denoiser conditioned on text has a text encoder and its tokenizer beside it; they may be left out (None) where all
@@ -70,51 +57,6 @@ class TokenPipeline(DiffusionPipeline):
     tokenizer: ImageTokenizer
     text_encoder: CLIPTextModelWithProjection | None
     text_tokenizer: CLIPTokenizer | None
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **settings) -> Self:
-        """The pipeline of a folder or hub id; settings are those of diffusers.
-
-        Raises ValueError where it asks for classes that are no part of one or have not been imported, or holds weights
-        that are damaged, missing or not finite numbers. Weights are safetensors alone.
-        """
-        try:
-            pipeline = cls._open(name, **{"use_safetensors": True, **settings})
-        except SafetensorError as error:
-            raise ValueError(f"weights in {name} cannot be read; are they whole? ({error})") from error
-        for key, component in pipeline.components.items():
-            if isinstance(component, torch.nn.Module) and key not in settings:
-                check_weights(component, f"the {key} in {name}")
-        return pipeline
-
-    @classmethod
-    def _open(cls, name: str | Path, **settings) -> Self:
-        cls._check_components(cls.load_config(name))
-        return super().from_pretrained(name, **settings)
-
-    @classmethod
-    def load_config(cls, name: Any, **settings) -> Any:
-        """The index of a folder or hub id, as diffusers reads it, with today's names of the components."""
-        loaded = super().load_config(name, **settings)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        for key, entry in index.items():
-            if isinstance(entry, list) and entry and str(entry[0]) in FORMER_NAMES:
-                index[key] = [FORMER_NAMES[entry[0]], *entry[1:]]
-        return loaded
-
-    @classmethod
-    def _check_components(cls, index: dict[str, Any]) -> None:
-        hints = get_type_hints(cls.__init__)
-        for name, entry in index.items():
-            if name.startswith("_") or not isinstance(entry, list | tuple) or not any(entry):
-                continue
-            library, class_name = map(str, entry)
-            part = getattr(sys.modules.get(library), class_name, None)  # diffusers would import the library
-            if not isinstance(part, type) or not _is_part(part, hints.get(name)):
-                raise ValueError(
-                    f"model_index.json is refused: it names {library}.{class_name} as the {name}. A network of your "
-                    "own has to be imported first, and needs the interface that docs/guide.md says"
-                )
 
     @property
     def mask_token_id(self) -> int:
@@ -241,13 +183,6 @@ class TokenPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
-
-
-def _is_part(part: type, hint: Any) -> bool:
-    """Whether a class is what a type hint admits; as denoiser, any network that looks like one."""
-    if hint is ModelMixin:
-        return issubclass(part, ModelMixin) and hasattr(part, "embedding_parameters")
-    return issubclass(part, get_args(hint) or (hint or ()))
 
 
 def all_classes(pipeline: TokenPipeline) -> ClassLabels:

@@ -19,7 +19,7 @@ ROOMS = [
     {"teachers.guidance"},
     {"teachers.denoiser"},
     {"teachers.tokenizers", "teachers.conditions"},
-    {"teachers.data", "teachers.corruption"},
+    {"teachers.data", "teachers.corruption", "teachers.opening"},
     {
         "teachers.component", "teachers.folder", "teachers.progress", "teachers.randomness", "teachers.shards",
         "teachers.sharing",
