@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test test-oldest test-slow lint clean
+.PHONY: help quickstart test test-oldest test-slow lint wheel clean
 
 help:
 	@echo "make quickstart   train a small teacher, distil it to one step, measure both, write runs/digits/report.html"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-oldest  on the oldest that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-slow    the tests that are left out of it"
 	@echo "make lint         ruff and mypy"
+	@echo "make wheel        dist/: the wheel that pip installs, and the sdist it is built of"
 	@echo "make clean        remove .venv, .venv-oldest and caches (runs/ stays)"
 
 .venv/installed: pyproject.toml
@@ -42,6 +43,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: .venv/installed
+	$(BIN)/python -m build
 
 clean:
 	rm -rf .venv .venv-oldest .ruff_cache .mypy_cache .pytest_cache *.egg-info

@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 Config = TypeVar("Config")
 
+CONFIGS = Path(__file__).parents[1] / "configs"  # in a checkout, and where it is installed
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def parse_arguments(config_class: type[Config], description: str, argv: list[str
         epilog="settings (in the YAML file, or as key=value):\n" + describe(config_class()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, help="a YAML file with settings")
+    parser.add_argument("--config", type=Path, help="a YAML file with settings, or a recipe by name: digits/student")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
     parser.add_argument("--max-steps", type=int, help="end after so many steps; schedules stay those of num_steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
@@ -92,12 +94,25 @@ def load_config(
     return config
 
 
+def find_config(name: Path | str) -> Path:
+    """The YAML file of this name, else the recipe's; FileNotFoundError where there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    if str(name) in recipes():
+        return CONFIGS / f"{name}.yaml"
+    raise FileNotFoundError(f"there is no configuration file {name}; recipes are {', '.join(recipes())}")
+
+
+def recipes() -> list[str]:
+    """The names of the configurations in configs/, `digits/student` and so on; accelerate's own are none."""
+    found = (path.relative_to(CONFIGS).with_suffix("") for path in sorted(CONFIGS.glob("*/*.yaml")))
+    return [path.as_posix() for path in found if path.parts[0] != "accelerate"]
+
+
 def _read_yaml(path: Path | str | None) -> dict[Any, Any]:
     if path is None:
         return {}
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration file {path}")
+    path = find_config(path)
     try:
         given = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:

@@ -22,6 +22,7 @@ from teachers.sharing import each_once
 
 FEATURE_SIZE = 64
 DESCRIPTION = "training.json"  # beside the weights: what they were trained on
+READ_AS = ("split", "image_size", "num_channels")  # settings that the images themselves tell
 MAX_KEPT = 2**26  # numbers of training images that are kept in memory (256 MiB); of more, what is drawn is read
 
 
@@ -94,8 +95,12 @@ class ClassifierFeatures:
     ) -> ClassifierFeatures:
         """The classifier that was trained on this data, in a folder of its own in `folder`; if there is none it is
         trained and kept there, by one of the processes that want it."""
-        data = {key: value for key, value in asdict(config).items() if key != "split"}
-        wanted = {"data": data, "trained_on": identify(train)}
+        # Of size and colours, what they come to: an image of 8x8 is the same with image_size=8 as without.
+        settings = {key: value for key, value in asdict(config).items() if key not in READ_AS}
+        wanted = {
+            "data": settings | {"image_shape": list(train[0][0].shape)},
+            "trained_on": identify(train),
+        }
         kept = folder / hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
         for path in each_once([kept]):
             classifier, accuracy = train_classifier(train, test, device)

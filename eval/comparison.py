@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from eval.clip_score import ClipFeatures
+from eval.distances import MIN_SAMPLES, check_num_samples
 from eval.evaluate import Reference, generate
-from eval.real import embed, make_features, make_reference
+from eval.files import write_json, write_picture, write_text
+from eval.real import data_like, embed, like, make_features, make_reference
 from eval.report import quality_plot, side_by_side, text_column, write_report
 from eval.speed import measure_speed, speed_table
 from eval.tuning import Grid, tune_and_measure
@@ -21,8 +23,8 @@ from students.pipeline import OneStepPipeline
 from teachers.conditions.condition import Conditions
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.cost import machine
-from teachers.data import DataConfig, load_data
-from teachers.folder import new_file
+from teachers.data import DataConfig, ImageData, load_data
+from teachers.folder import new_folder
 from teachers.guidance import check_guidance
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline, all_classes
 
@@ -70,13 +72,17 @@ class Comparison:
         """
         rows = run / self.teacher_rows.name
         if (run / "classifier").exists() and not self.classifier.exists():
-            shutil.copytree(run / "classifier", self.classifier)
+            with new_folder(self.classifier) as staging:
+                shutil.copytree(run / "classifier", staging, dirs_exist_ok=True)
             if rows.exists() and json.loads(rows.read_text())["grid"] == self._grid_as_json():
-                shutil.copy(rows, self.teacher_rows)
+                write_text(self.teacher_rows, rows.read_text())
 
-    def reference(self, device: torch.device | str = "cpu") -> Reference:
-        """What images are compared with, seen through features on the device."""
-        return make_reference(make_features(self.data, self.classifier, device=device), self.data)
+    def reference(self, pipeline: TokenPipeline) -> Reference:
+        """What a pipeline's images are compared with, seen through features on its device."""
+        config, names = like(pipeline, self.data), pipeline.class_names
+        data_like(pipeline, config)  # or it says what is wrong
+        features = make_features(config, self.classifier, device=pipeline.device, class_names=names)
+        return make_reference(features, config)
 
     def conditions(self, pipeline: TokenPipeline) -> Conditions:
         """What images are made from, to be measured."""
@@ -96,7 +102,7 @@ class Comparison:
             name, conditions = f"teacher, {steps} steps", self.conditions(teacher)
             row = tune_and_measure(teacher, settings, reference, self.grid, name, conditions=conditions)
             rows.append({"steps": steps, **row})
-        _write(self.teacher_rows, {"grid": self._grid_as_json(), "rows": rows})
+        write_json(self.teacher_rows, {"grid": self._grid_as_json(), "rows": rows})
 
     def measure(self, teacher: MaskedDiffusionPipeline, student: OneStepPipeline, reference: Reference) -> None:
         """The student at its best, and as it was before distillation, beside the teacher, into `measurements`."""
@@ -112,7 +118,7 @@ class Comparison:
             row = tune_and_measure(pipeline, grid.student_settings(), reference, grid, name, at_least, conditions)
             measured[name] = {"steps": 1, **row}
         measured["real_vs_real_fd"] = reference.split_half_distance()
-        _write(self.measurements, measured)
+        write_json(self.measurements, measured)
 
     def card_rows(self) -> list[dict[str, Any]]:
         """The rows of the model card's table."""
@@ -140,7 +146,7 @@ class Comparison:
                 candidates, batch_sizes=batch_sizes, num_repeats=7, decode=decode, conditions=conditions
             )
         print(speed_table(rows))
-        _write(self.speed, rows)
+        write_json(self.speed, rows)
 
     def summarise(
         self,
@@ -177,8 +183,8 @@ class Comparison:
 
         title = f"Teacher, {best['steps']} steps ({best['nfe']:g} evaluations)"
         samples = self.samples({title: (teacher, best["settings"]), "Student, one evaluation": (student, {})})
-        side_by_side(samples).save(self.output / "samples.png")
-        quality_plot(summary).save(self.output / "quality.png")
+        write_picture(self.output / "samples.png", side_by_side(samples))
+        write_picture(self.output / "quality.png", quality_plot(summary))
         write_report(
             self.output / "report.html",
             method=method,
@@ -188,7 +194,7 @@ class Comparison:
             settings=settings,
             protocol=summary["protocol"],
         )
-        _write(self.output / "summary.json", summary)
+        write_json(self.output / "summary.json", summary)
         return summary
 
     def samples(self, candidates: dict[str, tuple[TokenPipeline, dict[str, Any]]]) -> dict[str, Any]:
@@ -232,11 +238,17 @@ class CaptionComparison(Comparison):
     def __init__(self, output: Path, data: DataConfig, grid: Grid, seed: int, scoring_clip: Path):
         super().__init__(output, data, grid, seed)
         self.scoring_clip = scoring_clip
-        self.test_data = replace(data, split="test")
         self.captions = PromptConfig(data.name, "test", data.text_column)
 
-    def reference(self, device: torch.device | str = "cpu") -> Reference:
-        return make_reference(ClipFeatures.load(self.scoring_clip, load_prompts(self.captions), device), self.data)
+    def reference(self, pipeline: TokenPipeline) -> Reference:
+        captions = load_prompts(self.captions)
+        check_num_samples(MIN_SAMPLES, test_images=len(captions))
+        features = ClipFeatures.load(self.scoring_clip, captions, pipeline.device)
+        return make_reference(features, like(pipeline, self.data))
+
+    def test_images(self, pipeline: TokenPipeline) -> ImageData:
+        """Of the test split, as the pipeline makes its own."""
+        return load_data(replace(like(pipeline, self.data), split="test"))
 
     def conditions(self, pipeline: TokenPipeline) -> Conditions:
         return Prompts(pipeline, load_prompts(self.captions))
@@ -252,16 +264,17 @@ class CaptionComparison(Comparison):
         **about: Any,
     ) -> dict[str, Any]:
         """Beside the rest, what the real images of the test split measure."""
-        found = embed(reference.features, load_data(self.test_data))["features"]
+        found = embed(reference.features, self.test_images(teacher))["features"]
         real = reference.measure(found, torch.arange(len(found))) | {"nfe": 0, "settings": {}}
         measured = json.loads(self.measurements.read_text())
-        _write(self.measurements, measured | {"real_test_images": real})
+        write_json(self.measurements, measured | {"real_test_images": real})
         return super().summarise(teacher, student, reference, **about)
 
     def samples(self, candidates: dict[str, tuple[TokenPipeline, dict[str, Any]]]) -> dict[str, Any]:
         """The first prompts of the test split, their own images, and four of each candidate."""
         prompts, num_images = load_prompts(self.captions)[:12], 4
-        first = load_data(self.test_data).subset(list(range(len(prompts))))
+        teacher, _ = next(iter(candidates.values()))
+        first = self.test_images(teacher).subset(list(range(len(prompts))))
         pictures = {"Test image": image_grid(first.images(), 1)}
         for name, (pipeline, settings) in candidates.items():
             repeated = [prompt for prompt in prompts for _ in range(num_images)]
@@ -282,8 +295,3 @@ def _images(pipeline: TokenPipeline, num_images: int, conditions: Conditions, se
     """Images for a picture, (N, C, H, W)."""
     batches = generate(pipeline, torch.arange(num_images), conditions=conditions, **settings)
     return torch.cat([batch.images.cpu() for batch in batches])
-
-
-def _write(path: Path, content: Any) -> None:
-    with new_file(path) as staging:
-        staging.write_text(json.dumps(content, indent=2))

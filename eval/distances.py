@@ -11,6 +11,16 @@ import torch
 
 PART, MAX_PAIRS = 2048, 2**24  # samples, and pairs of them, worked on at a time: 128 MiB of pairs
 COLUMNS = 64  # dimensions summed at a time
+NUM_NEIGHBOURS = 3  # of precision and recall
+NUM_SPLITS = 10  # of the inception score
+MIN_SAMPLES = NUM_NEIGHBOURS + 1  # what all measures of two sets together need of each
+
+
+def check_num_samples(least: int, **counts: int) -> None:
+    """A ValueError where there are fewer samples than that, of whatever the counts are called."""
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"there are {count} {name.replace('_', ' ')}; what is measured needs at least {least}")
 
 
 @dataclass(frozen=True)
@@ -23,8 +33,7 @@ class Gaussian:
     @classmethod
     def fit(cls, features: torch.Tensor) -> Gaussian:
         """The moments of features (N, D); N must be at least 2."""
-        if len(features) < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
+        check_num_samples(2, samples=len(features))
         # A mean in float64 first makes a copy in float64 of what it is of.
         mean = torch.cat([part.mean(0, dtype=torch.float64) for part in features.split(COLUMNS, dim=1)])
         num_dimensions = len(mean)
@@ -51,8 +60,9 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """The unbiased squared maximum mean discrepancy with kernel (x y / D + 1)^3, which is KID (arXiv 1801.01401).
 
-    Features (N, D) and (M, D); taken over all pairs, so it needs no random subsets.
+    Features (N, D) and (M, D), at least two of each; taken over all pairs, so it needs no random subsets.
     """
+    check_num_samples(2, first_samples=len(first), second_samples=len(second))
 
     def kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = sum(((part @ y.T / y.shape[1] + 1) ** 3).sum() for part in x.split(_num_rows(y)))
@@ -65,11 +75,12 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return ((xx - xx_diagonal) / (n * (n - 1)) + (yy - yy_diagonal) / (m * (m - 1)) - 2 * xy / (n * m)).item()
 
 
-def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> dict[str, float]:
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NUM_NEIGHBOURS) -> dict[str, float]:
     """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of features (N, D), (M, D).
 
-    A sample's ball reaches to its k-th nearest neighbour in its own set.
+    A sample's ball reaches to its k-th nearest neighbour in its own set, which must have more than k samples.
     """
+    check_num_samples(k + 1, real_samples=len(real), generated_samples=len(generated))
     real, generated = real.double(), generated.double()
     real_radius, generated_radius = _kth_distance(real, k), _kth_distance(generated, k)
     in_real_ball = torch.zeros(len(generated), dtype=torch.long)  # how many real balls hold a generated sample
@@ -89,10 +100,11 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     }
 
 
-def inception_score(probabilities: torch.Tensor, num_splits: int = 10) -> float:
+def inception_score(probabilities: torch.Tensor, num_splits: int = NUM_SPLITS) -> float:
     """exp E KL(p(y|x) || p(y)) of class probabilities (N, K), the mean over splits of N (arXiv 1606.03498)."""
+    check_num_samples(num_splits, samples=len(probabilities))
     scores = []
-    for part in probabilities.double().chunk(num_splits):
+    for part in probabilities.double().tensor_split(num_splits):
         conditional_entropy = torch.special.entr(part).sum(-1).mean()
         marginal_entropy = torch.special.entr(part.mean(0)).sum()
         scores.append((marginal_entropy - conditional_entropy).exp())

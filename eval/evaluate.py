@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from datasets.arrow_dataset import Column
 
 from distill.loop.host import gather_on_host
 from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
@@ -112,10 +111,8 @@ def spread(num_rows: int, num_chosen: int) -> torch.Tensor:
 
 
 def identify(data: ImageData) -> dict[str, Any]:
-    """What tells real images from others before one is read: how many, and the fingerprint of their data set, which
-    the dates of its files are part of; None of the digits."""
-    fingerprint = data.rows.source._fingerprint if isinstance(data.rows, Column) else None
-    return {"num_images": len(data), "fingerprint": fingerprint}
+    """What tells real images from others before one is read."""
+    return {"num_images": len(data), "fingerprint": data.fingerprint}
 
 
 class Reference:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from eval.evaluate import Reference
+from eval.files import write_json, write_picture
 from eval.report import frontier_plot, write_frontier_page
 from eval.sampling import pipeline_digest
 from eval.speed import measure_speed, sampler_overhead
@@ -24,7 +25,7 @@ from teachers import samplers as all_samplers
 from teachers.component import settings_of, weights_digest
 from teachers.conditions.condition import Conditions
 from teachers.cost import machine
-from teachers.folder import new_file
+from teachers.folder import new_file, renewed_folder
 from teachers.guidance import check_guidance
 from teachers.pipeline import MaskedDiffusionPipeline, TokenPipeline
 from teachers.progress import progress_bar
@@ -222,7 +223,7 @@ def write_frontier(
         "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "clean-fid")),
     }
     plot = frontier_plot(rows, distance, STUDENT)
-    plot.save(folder / "frontier.png")
+    write_picture(folder / "frontier.png", plot)
     write_frontier_page(folder / "frontier.html", rows, plot, distance, STUDENT, protocol)
     write_csv(rows, folder / "frontier.csv")
     summary = {
@@ -232,8 +233,7 @@ def write_frontier(
         "speedup": measured["images_per_second"] / best["images_per_second"],
         "protocol": protocol,
     }
-    with new_file(folder / "frontier.json") as staging:
-        staging.write_text(json.dumps({"rows": rows, **summary}, indent=2))
+    write_json(folder / "frontier.json", {"rows": rows, **summary})
     return summary
 
 
@@ -256,13 +256,15 @@ def save_default(folder: Path, row: dict[str, Any]) -> None:
     sampler = getattr(all_samplers, settings.pop("class"))(**settings)
     teacher.register_modules(sampler=sampler)
     teacher.register_to_config(guidance_scale=row["guidance_scale"], temperature=row["temperature"])
-    sampler.save_pretrained(folder / "sampler")
-    teacher.save_config(folder)
+    with renewed_folder(folder / "sampler") as staging:
+        sampler.save_pretrained(staging)
+    with renewed_folder(folder) as staging:
+        teacher.save_config(staging)
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row if name != "sampler_settings"))
-    with path.open("w", newline="") as file:
+    with new_file(path) as staging, staging.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -11,7 +11,14 @@ from typing import IO
 import numpy as np
 import torch
 
-from eval.distances import Gaussian, frechet_distance, inception_score, precision_recall
+from eval.distances import (
+    MIN_SAMPLES,
+    Gaussian,
+    check_num_samples,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from eval.inception import FEATURE_SIZE
 
 
@@ -53,6 +60,15 @@ class NpzImages:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def check(self, image_size: tuple[int, int]) -> None:
+        """A ValueError where they are too few to compare with, or of another size (height, width)."""
+        check_num_samples(MIN_SAMPLES, real_images=len(self))
+        if self.shape[1:3] != tuple(image_size):
+            raise ValueError(
+                f"{self.path} has images of {self.shape[1]}x{self.shape[2]}, and the pipeline makes images of "
+                f"{image_size[0]}x{image_size[1]}: figures of one size do not compare with those of another"
+            )
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """All images in order, (B, 3, H, W) in [0, 1]."""

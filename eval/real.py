@@ -1,22 +1,84 @@
-"""Real images as a feature network sees them, read a few at a time."""
+"""Real images as a feature network sees them: read as a pipeline makes its own, a few at a time."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from distill.config import load_config
 from eval.classifier import ClassifierFeatures
 from eval.evaluate import MAX_PIXELS, Features, Reference, spread
 from eval.inception import InceptionFeatures
-from teachers.data import DataConfig, ImageData, load_data
+from teachers.data import DIGITS, NO_CLASS, DataConfig, ImageData, load_data
+from teachers.pipeline import ImageTokenizer, TokenPipeline
+
+MIN_REAL = 10  # of which a tenth is an image
+NUM_LOOKED_AT = 8
 
 
-def real_data(config: DataConfig) -> ImageData:
-    """The real images to compare with: the configured split; of the embedded digits, all."""
-    return load_data(replace(config, split="all") if config.name == "digits" else config)
+def real_data(config: DataConfig, class_names: Sequence[str] | None = None) -> ImageData:
+    """The real images to compare with: the configured split; of the embedded digits, all. Their labels are numbers of
+    the class names, or of their own."""
+    return load_data(replace(config, split="all") if config.name == DIGITS else config, class_names)
+
+
+def image_shape(tokenizer: ImageTokenizer) -> tuple[int, ...]:
+    """(C, H, W) of the images that a tokenizer decodes."""
+    height, width = tokenizer.token_grid
+    return tuple(tokenizer.decode(torch.zeros(1, height * width, dtype=torch.int64, device=tokenizer.device)).shape[1:])
+
+
+def settings_like(pipeline: TokenPipeline, overrides: Sequence[str]) -> DataConfig:
+    """The settings that a command line names; what it does not name of size and colours follows the pipeline."""
+    num_channels, height, width = image_shape(pipeline.tokenizer)
+    own = [f"num_channels={num_channels}", *([f"image_size={height}"] if height == width else [])]
+    return load_config(DataConfig, overrides=[*own, *overrides])
+
+
+def like(pipeline: TokenPipeline, config: DataConfig) -> DataConfig:
+    """A configuration's settings; what it leaves at its default of size and colours follows the pipeline."""
+    num_channels, height, width = image_shape(pipeline.tokenizer)
+    return replace(
+        config,
+        image_size=config.image_size or (height if height == width else 0),
+        num_channels=max(config.num_channels, num_channels),  # grey is the default
+    )
+
+
+def data_like(pipeline: TokenPipeline, config: DataConfig) -> ImageData:
+    """The real images to compare a pipeline's with, their labels numbered as its classes are.
+
+    ValueError where they are of another size, other colours, or another number of classes that have no names.
+    """
+    data = real_data(config, pipeline.class_names)
+    check_shape(data, image_shape(pipeline.tokenizer), config.name)
+    is_nameless = pipeline.condition_kind == "classes" and pipeline.class_names is None
+    if is_nameless and data.num_classes not in (0, pipeline.num_classes):
+        raise ValueError(
+            f"{config.name} has {data.num_classes} classes and the pipeline {pipeline.num_classes}, of which it has no "
+            "names: a label would be another class. Compare with images of all its classes, or without labels "
+            "(label_column=)"
+        )
+    return data
+
+
+def check_shape(data: ImageData, shape: tuple[int, ...], name: str) -> None:
+    """A ValueError where one of a few images, spread over the data, has not the shape (C, H, W)."""
+    for image, _ in data.__getitems__(spread(len(data), NUM_LOOKED_AT).tolist()):
+        if tuple(image.shape) != shape:
+            raise ValueError(
+                f"an image of {name} is read as {describe_shape(tuple(image.shape))}, where images of "
+                f"{describe_shape(shape)} are wanted (image_size and num_channels say how images are read)"
+            )
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+    num_channels, height, width = shape
+    return f"{height}x{width} in {'colour' if num_channels == 3 else 'grey'}"
 
 
 def embed(features: Features, data: ImageData, description: str | None = None) -> dict[str, torch.Tensor]:
@@ -44,21 +106,38 @@ def make_reference(features: Features, config: DataConfig, num_images: int | Non
     return Reference(features, found["features"], describe(config.name, found["digests"]))
 
 
+def obstacle(data: ImageData, *, to_classifier: bool) -> str | None:
+    """Why there can be no Fréchet distance to the images (by a classifier that is trained on them), if so."""
+    if len(data) < MIN_REAL:
+        return f"there are {len(data)} images, and at least {MIN_REAL} are needed"
+    num_classes = len(data.labels[data.labels != NO_CLASS].unique())
+    if to_classifier and num_classes < 2:
+        return f"a classifier needs labels of at least two classes, and the images have {num_classes}"
+    return None
+
+
 def make_features(
-    data: DataConfig,
+    config: DataConfig,
     classifier_folder: Path,
     kind: str = "classifier",
     inception_path: Path | None = None,
     device: torch.device | str = "cpu",
+    class_names: Sequence[str] | None = None,
 ) -> Features:
     """A classifier that is trained on the data and kept in the folder, or "inception".
 
-    The classifier's accuracy is that on a held-out tenth of the split; of the digits, on their test split.
+    The classifier's accuracy is that on a held-out tenth of the split; of the digits, on their test split. Images that
+    none can be trained on are a ValueError.
     """
     if kind == "inception":
         return InceptionFeatures(inception_path, device)
-    if data.name == "digits":
-        train, test = load_data(replace(data, split="train")), load_data(replace(data, split="test"))
-    else:
-        train, test = load_data(data).hold_out(0.1)
-    return ClassifierFeatures.cached(classifier_folder, data, train, test, device)
+    data = real_data(config, class_names)
+    if reason := obstacle(data, to_classifier=True):
+        raise ValueError(
+            f"no classifier to measure with can be trained on {config.name}: {reason} (Inception features need none: "
+            "--features inception)"
+        )
+    train, test = data.hold_out(0.1)
+    if config.name == DIGITS:
+        train, test = (load_data(replace(config, split=split), class_names) for split in ("train", "test"))
+    return ClassifierFeatures.cached(classifier_folder, config, train, test, device)

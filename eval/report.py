@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from eval.files import write_text
 from students.export import Credits
 
 INK, TEACHER, STUDENT = "#1b1f24", "#5b7083", "#d1495b"
@@ -47,7 +48,7 @@ def write_report(
         settings=settings,
         protocol=protocol,
     )
-    path.write_text(page)
+    write_text(path, page)
 
 
 def quality_plot(summary: dict[str, Any]) -> PIL.Image.Image:
@@ -135,7 +136,7 @@ def write_frontier_page(
         student=student,
         protocol=protocol,
     )
-    path.write_text(page)
+    write_text(path, page)
 
 
 def side_by_side(pictures: dict[str, PIL.Image.Image]) -> PIL.Image.Image:

@@ -80,7 +80,7 @@ def sampling_protocol(pipeline: TokenPipeline, options: argparse.Namespace, sett
     if options.num_images < 1:
         raise ValueError(f"--num-images {options.num_images} must be at least 1")
     return {
-        "pipeline": str(options.pipeline),
+        "pipeline": str(Path(options.pipeline)),  # without a slash at the end
         "pipeline_sha256": pipeline_digest(pipeline),
         "dtype": options.dtype,
         "num_images": options.num_images,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from eval.distances import MIN_SAMPLES, check_num_samples
 from eval.evaluate import Reference, generate_features
 from teachers.conditions.condition import Conditions
 from teachers.pipeline import TokenPipeline
@@ -48,10 +49,13 @@ def tune_and_measure(
     """The candidate with the lowest Fréchet distance on the tuning draw, measured in full on the report draw.
 
     Only candidates with measures (by name) of `at_least` that much on the tuning draw are considered, unless there are
-    none. `conditions` are what to generate from, by default all classes.
+    none. `conditions` are what to generate from, by default all classes. Too few images, generated or real, are a
+    ValueError.
 
     Returns {"settings", "nfe", measures ..., "tuning": [{settings ..., measures ...} for each candidate]}.
     """
+    check_num_samples(2, images_to_tune_by=grid.num_tuning_images)
+    check_num_samples(MIN_SAMPLES, images_to_report=grid.num_report_images, real_images=len(reference.real_features))
     distance, _ = reference.features.distance_names
     tuning = []
     for number, settings in enumerate(candidates):

@@ -1,5 +1,7 @@
-"""Time a one-step student against its teacher, draw the frontier of the teacher's samplers beside the student, or time
-the training step or its loss against the order of the authors' loop.
+"""Speed, memory and quality of a student and its teacher.
+
+A one-step student is timed against its teacher, the frontier of the teacher's samplers is drawn beside the student, or
+the training step or its loss is timed against the order of the authors' loop.
 
     python scripts/benchmark.py sample --teacher runs/digits/teacher/pipeline --student runs/digits/one-step
     python scripts/benchmark.py frontier --teacher runs/digits/teacher/pipeline --student runs/digits/one-step \\
@@ -26,7 +28,7 @@ from distill.loop.config import TrainingConfig
 from eval.clip_score import ClipFeatures
 from eval.frontier import choose_samplers, frontier_table, measure_frontier, save_default, write_frontier
 from eval.inception import add_inception_options, check_num_images
-from eval.real import make_features, make_reference, real_data
+from eval.real import data_like, make_features, make_reference, settings_like
 from eval.sampling import DTYPES, add_device_options, device_of, json_digest, open_pipeline
 from eval.speed import VARIANTS, compare_speed, speed_table
 from eval.tuning import Grid
@@ -34,13 +36,12 @@ from students.initialisation import TokenInitialiser
 from students.pipeline import OneStepPipeline
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
 from teachers.cost import machine
-from teachers.data import DataConfig
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.released.sizes import RELEASED, random_components
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed, and quality against compute, of a student and its teacher.")
+    parser = argparse.ArgumentParser(description="Speed, memory and quality of a student and its teacher.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, function, text in [
         ("sample", sample, "time a student against its teacher"),
@@ -49,8 +50,8 @@ def main() -> None:
         options = kinds.add_parser(kind, help=text, description=text.capitalize() + ".")
         options.set_defaults(function=function)
         required = kind == "frontier"
-        options.add_argument("--teacher", type=Path, required=required, help="folder of a MaskedDiffusionPipeline")
-        options.add_argument("--student", type=Path, required=required, help="folder of a OneStepPipeline")
+        options.add_argument("--teacher", required=required, help="a MaskedDiffusionPipeline: a folder, or a hub id")
+        options.add_argument("--student", required=required, help="a OneStepPipeline: a folder, or a hub id")
         options.add_argument("--prompts", nargs="+", metavar="key=value", help="for text: name=, split=, column=")
         add_device_options(options)
     for kind, function, text in [
@@ -106,7 +107,13 @@ def add_memory_options(options: argparse.ArgumentParser) -> None:
 
 def add_frontier_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--output", type=Path, required=True, help="folder; run again, it goes on where it stopped")
-    options.add_argument("--data", nargs="+", default=[], metavar="key=value", help="the real images, e.g. name=folder")
+    options.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="the real images, e.g. name=folder; size and colours follow",
+    )
     options.add_argument("--features", choices=["classifier", "inception"], default="classifier", help="FD, or FID")
     options.add_argument("--clip", help="for models of text: the CLIP (folder or hub id) of FD and CLIP score")
     options.add_argument("--classifier", type=Path, default=Path("runs/classifier"), help="where it is kept")
@@ -183,7 +190,8 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def frontier(arguments: argparse.Namespace) -> None:
-    data = load_config(DataConfig, overrides=arguments.data)
+    if arguments.save_best and not Path(arguments.teacher).is_dir():
+        raise ValueError(f"--save-best changes a folder, and {arguments.teacher} is none")
     teacher, student = (open_pipeline(folder, arguments) for folder in (arguments.teacher, arguments.student))
     chosen = choose_samplers(teacher.token_grid, arguments.samplers)
     grid = Grid(
@@ -193,17 +201,19 @@ def frontier(arguments: argparse.Namespace) -> None:
         arguments.num_tuning_images,
         arguments.num_report_images,
     )
-    prompts, device = prompts_of(teacher, arguments), teacher.device
+    config, prompts = settings_like(teacher, arguments.data), prompts_of(teacher, arguments)
+    data = data_like(teacher, config)
     if prompts is None:
         if arguments.features == "inception":
             generated = min(arguments.num_tuning_images, arguments.num_report_images)
-            check_num_images(arguments, generated_images=generated, real_images=len(real_data(data)))
-        features = make_features(data, arguments.classifier, arguments.features, arguments.inception_path, device)
+            check_num_images(arguments, generated_images=generated, real_images=len(data))
+        about = arguments.features, arguments.inception_path, teacher.device, teacher.class_names
+        features = make_features(config, arguments.classifier, *about)
     elif arguments.clip is None:
         raise ValueError("these models are conditioned on text: name a CLIP to measure with (--clip)")
     else:
-        features = ClipFeatures.load(arguments.clip, prompts.prompts, device)
-    reference = make_reference(features, data)
+        features = ClipFeatures.load(arguments.clip, prompts.prompts, teacher.device)
+    reference = make_reference(features, config)
     arguments.output.mkdir(parents=True, exist_ok=True)
     about = {"reference": reference.source}
     if prompts is not None:
@@ -213,7 +223,7 @@ def frontier(arguments: argparse.Namespace) -> None:
     summary = write_frontier(rows, arguments.output, reference, grid, batch_size, teacher, student)
     print(frontier_table(rows, reference.features.distance_names[0]))
     if arguments.save_best:
-        save_default(arguments.teacher, summary["best_teacher"])
+        save_default(Path(arguments.teacher), summary["best_teacher"])
     print(f"\npage: {arguments.output / 'frontier.html'}")
     print(json.dumps(summary))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from distill.config import describe, load_config
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
+from eval.real import check_shape, image_shape
 from eval.sampling import device_of, processes
 from teachers.data import DataConfig, load_data
 from teachers.tokenizers.token_cache import load_tokenizer, write_token_cache
@@ -37,9 +38,11 @@ def main() -> None:
 
 def cache(arguments: argparse.Namespace) -> None:
     device = device_of(arguments)
-    config = load_config(DataConfig, overrides=arguments.data)
-    data = load_data(config)
     tokenizer = load_tokenizer(arguments.tokenizer).to(device)
+    num_channels, _, _ = shape = image_shape(tokenizer)
+    config = load_config(DataConfig, overrides=[f"num_channels={num_channels}", *arguments.data])
+    data = load_data(config)
+    check_shape(data, shape, config.name)
     sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     used, perplexity = write_token_cache(arguments.output, tokenizer, config, data, **sizes)
     if not processes().is_main_process:

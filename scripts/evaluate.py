@@ -12,13 +12,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from distill.config import load_config
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
 from eval.chunks import claim, from_images, read_chunks, read_real, write_chunks, write_real
+from eval.distances import MIN_SAMPLES, check_num_samples
 from eval.evaluate import Reference, identify
 from eval.inception import add_inception_options, check_num_images
-from eval.real import describe, make_features, real_data
+from eval.real import data_like, describe, make_features, settings_like
 from eval.sampling import (
     add_sampling_options,
     json_digest,
@@ -27,13 +27,14 @@ from eval.sampling import (
     sampling_protocol,
     sampling_settings,
 )
-from teachers.data import DataConfig
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure generated images against real ones.")
-    parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
-    parser.add_argument("data", nargs="*", metavar="key=value", help="the real images, e.g. name=folder image_size=32")
+    parser.add_argument("pipeline", help="a MaskedDiffusionPipeline or OneStepPipeline: a folder, or a hub id")
+    parser.add_argument(
+        "data", nargs="*", metavar="key=value", help="the real images, e.g. name=folder; size and colours follow"
+    )
     parser.add_argument("--output", type=Path, help="folder for the features; default: runs/evaluation/, by protocol")
     parser.add_argument("--num-images", type=int, default=5000)
     add_sampling_options(parser)
@@ -45,16 +46,19 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    state, config = processes(), load_config(DataConfig, overrides=arguments.data)
+    state = processes()
     pipeline = open_pipeline(arguments.pipeline, arguments)
     if pipeline.condition_kind == "text":
         raise ValueError(f"{arguments.pipeline} is conditioned on text: scripts/evaluate_text.py measures it")
     settings = sampling_settings(pipeline, arguments)
     protocol = sampling_protocol(pipeline, arguments, settings)
-    data, kind = real_data(config), arguments.features
+    config, kind = settings_like(pipeline, arguments.data), arguments.features
+    data = data_like(pipeline, config)
+    check_num_samples(MIN_SAMPLES, generated_images=arguments.num_images, real_images=len(data))
     if kind == "inception":
         check_num_images(arguments, generated_images=arguments.num_images, real_images=len(data))
-    features = make_features(config, arguments.classifier, kind, arguments.inception_path, pipeline.device)
+    about = kind, arguments.inception_path, pipeline.device, pipeline.class_names
+    features = make_features(config, arguments.classifier, *about)
     protocol |= {"data": asdict(config) | identify(data), "features": features.name}
     output = arguments.output or Path("runs/evaluation") / json_digest(protocol)[:12]
     claim(output, protocol)
@@ -70,7 +74,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name:20} {value:10.4f}")
     nfe = found["nfe"].mean().item()
     protocol["reference"] = reference.source
-    print(json.dumps({"pipeline": str(arguments.pipeline), "nfe": nfe, **measures, "protocol": protocol}))
+    print(json.dumps({"pipeline": arguments.pipeline, "nfe": nfe, **measures, "protocol": protocol}))
 
 
 if __name__ == "__main__":

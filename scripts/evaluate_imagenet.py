@@ -16,6 +16,7 @@ import torch
 from distill.jobs.command import run
 from distill.loop.launch import run_processes
 from eval.chunks import claim, from_images, read_chunks, write_chunks
+from eval.distances import NUM_SPLITS, check_num_samples
 from eval.imagenet import NpzImages, measure, read_statistics
 from eval.inception import InceptionFeatures, add_inception_options, check_num_images
 from eval.sampling import add_sampling_options, open_pipeline, processes, sampling_protocol, sampling_settings
@@ -32,7 +33,7 @@ in order), precision and recall with 3 neighbours against the real images that w
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="FID, IS, precision and recall on ImageNet, as published figures.")
-    parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
+    parser.add_argument("pipeline", help="a MaskedDiffusionPipeline or OneStepPipeline: a folder, or a hub id")
     parser.add_argument("--statistics", type=Path, required=True, help=".npz with mu and sigma of real images (ADM's)")
     parser.add_argument(
         "--real-images", type=Path, help=".npz with arr_0, 10,000 real images, for precision and recall"
@@ -49,9 +50,12 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     state = processes()
     check_num_images(arguments, generated_images=arguments.num_images)
+    check_num_samples(NUM_SPLITS, generated_images=arguments.num_images)
     statistics = read_statistics(arguments.statistics)
     real_images = NpzImages(arguments.real_images) if arguments.real_images else None
     pipeline = open_pipeline(arguments.pipeline, arguments)
+    if real_images is not None:
+        real_images.check(pipeline.tokenizer.config.image_size)
     settings = sampling_settings(pipeline, arguments)
     features = InceptionFeatures(arguments.inception_path, pipeline.device, mode="legacy_tensorflow")
     protocol = sampling_protocol(pipeline, arguments, settings) | {

@@ -8,6 +8,7 @@ Run it again to go on after an interruption, on any number of processes. The las
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from distill.jobs.command import run
 from distill.loop.launch import run_processes
 from eval.chunks import claim, from_images, read_chunks, read_real, write_chunks, write_real
 from eval.clip_score import ClipFeatures
-from eval.distances import Gaussian, frechet_distance
+from eval.distances import Gaussian, check_num_samples, frechet_distance
 from eval.evaluate import identify
 from eval.imagenet import read_statistics
 from eval.inception import InceptionFeatures, add_inception_options, check_num_images
-from eval.real import describe
+from eval.real import data_like, describe, settings_like
 from eval.sampling import (
     add_sampling_options,
     json_digest,
@@ -31,13 +32,12 @@ from eval.sampling import (
     sampling_settings,
 )
 from teachers.conditions.prompts import PromptConfig, Prompts, load_prompts
-from teachers.data import DataConfig, ImageData, load_data
 from teachers.folder import file_digest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="FID and CLIP score of a text-to-image pipeline on captions.")
-    parser.add_argument("pipeline", type=str, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
+    parser.add_argument("pipeline", help="a MaskedDiffusionPipeline or OneStepPipeline: a folder, or a hub id")
     parser.add_argument("--captions", nargs="+", required=True, metavar="key=value", help="name=, split=, column=")
     real = parser.add_mutually_exclusive_group()
     real.add_argument("--statistics", type=Path, help=".npz with mu and sigma of real images (mode clean)")
@@ -58,12 +58,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     is_main = processes().is_main_process
     captions = load_prompts(load_config(PromptConfig, overrides=arguments.captions))[: arguments.num_images]
     statistics = read_statistics(arguments.statistics) if arguments.statistics else None
-    data = real_images(arguments.real_images) if arguments.real_images else None
-    pipeline = open_pipeline(arguments.pipeline, arguments)
+    pipeline, data = open_pipeline(arguments.pipeline, arguments), None
     if pipeline.condition_kind != "text":
         raise ValueError(f"{arguments.pipeline} is not conditioned on text; measure it with scripts/evaluate.py")
     settings = sampling_settings(pipeline, arguments)
     protocol = sampling_protocol(pipeline, arguments, settings)
+    check_num_samples(2, generated_images=arguments.num_images)
+    if arguments.real_images:
+        config = settings_like(pipeline, ["label_column=", *arguments.real_images])
+        data = data_like(pipeline, config)
+        protocol["data"] = asdict(config) | identify(data)
     if statistics is not None or data is not None:
         check_num_images(arguments, generated_images=arguments.num_images)
     if data is not None:
@@ -79,8 +83,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         protocol["features"] = inception.name
     if statistics is not None:
         protocol["reference"] = f"{arguments.statistics.name}, sha256 {file_digest(arguments.statistics)}"
-    if data is not None:
-        protocol["data"] = {"settings": arguments.real_images, **identify(data)}
     claim(arguments.output, protocol)
 
     def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -106,10 +108,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name:20}{value:10.4f}")
     print(f"{'CLIP score x 100':20}{100 * measures['clip_score']:10.2f}")
     print(json.dumps({**measures, "protocol": protocol}))
-
-
-def real_images(overrides: list[str]) -> ImageData:
-    return load_data(load_config(DataConfig, overrides=["label_column=", "num_channels=3", *overrides]))
 
 
 if __name__ == "__main__":

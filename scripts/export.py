@@ -27,12 +27,13 @@ def main() -> None:
     parser.add_argument("--measurements", type=Path, help="JSON list of rows for the model card's table")
     parser.add_argument("--prompts", nargs="+", help="for the picture of a student of text; default: the first it saw")
     parser.add_argument("--protocol", default="", help="a sentence on how they were measured, for the model card")
+    parser.add_argument("--teacher", default="", help="of the run, where it was moved: a folder or hub id")
     parser.add_argument("--best", action="store_true", help="the checkpoint that measured best, not the newest")
     run(lambda: export(parser.parse_args()))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    pipeline, job, step = load_student(arguments.run, arguments.best)
+    pipeline, job, step = load_student(arguments.run, arguments.best, arguments.teacher)
     pipeline.register_to_config(temperature=arguments.temperature)
     measurements = json.loads(arguments.measurements.read_text()) if arguments.measurements else []
     metadata = {
@@ -43,7 +44,9 @@ def export(arguments: argparse.Namespace) -> None:
         "settings": json.dumps(asdict(job.method) | asdict(job.initial)),
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}",
     }
-    prompts = load_prompts(job.prompts) if pipeline.condition_kind == "text" else None
+    prompts = arguments.prompts
+    if pipeline.condition_kind == "text" and not prompts:
+        prompts = load_prompts(job.prompts)
     export_student(
         pipeline,
         arguments.output,
@@ -51,7 +54,7 @@ def export(arguments: argparse.Namespace) -> None:
         metadata=metadata,
         measurements=measurements,
         protocol=arguments.protocol,
-        prompts=arguments.prompts or prompts,
+        prompts=prompts,
     )
     print(f"wrote {arguments.output}: read back, with the same logits")
 

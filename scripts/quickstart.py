@@ -9,7 +9,6 @@ Finished stages are kept: run it again to go on after an interruption. The last 
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import torch
 from distill.config import to_yaml
 from distill.jobs.command import run
 from distill.jobs.recipe import Recipe
+from distill.jobs.run import CONFIG
+from distill.jobs.stages import call
 from distill.jobs.student import load_job, load_student
 from distill.methods import METHODS
 from eval.comparison import CAPTIONS, OWN_DATA, QUICK, THOROUGH, CaptionComparison, Comparison
@@ -43,6 +44,8 @@ def main() -> None:
 
 def start(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path("runs") / arguments.recipe
+    if arguments.teacher and not arguments.teacher.is_dir():
+        raise FileNotFoundError(f"there is no folder {arguments.teacher} with a teacher (--teacher)")
     recipe = Recipe(
         CONFIGS / arguments.recipe,
         SCRIPTS,
@@ -63,8 +66,8 @@ def start(arguments: argparse.Namespace) -> None:
 
     stage, one_step = recipe.stages.run, output / "one-step"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher, reference = load_pipeline(recipe.teacher_folder).to(device), comparison.reference(device)
-    job = load_job(recipe.student_run)
+    teacher = load_pipeline(recipe.teacher_folder).to(device)
+    reference, job = comparison.reference(teacher), load_job(recipe.student_run)
 
     def measure() -> None:
         student, _, _ = load_student(recipe.student_run)
@@ -80,14 +83,17 @@ def start(arguments: argparse.Namespace) -> None:
         exported,
         reference,
         method=METHODS[job.method.name],
-        settings={
-            "Teacher": (recipe.teacher_folder.parent / "config.yaml").read_text(),
-            "Student": to_yaml(job),
-        },
+        settings=settings_of_the_teacher(recipe) | {"Student": to_yaml(job)},
         seconds=recipe.stages.seconds,
     )
     print(f"\nreport: {output / 'report.html'}")
     print(json.dumps(summary))
+
+
+def settings_of_the_teacher(recipe: Recipe) -> dict[str, str]:
+    """What it was trained with, where its folder is a run's."""
+    path = recipe.teacher_folder.parent / CONFIG
+    return {"Teacher": path.read_text()} if path.is_file() else {}
 
 
 def export(recipe: Recipe, comparison: Comparison, one_step: Path) -> None:
@@ -97,7 +103,7 @@ def export(recipe: Recipe, comparison: Comparison, one_step: Path) -> None:
     command += ["--measurements", str(table), "--protocol", comparison.protocol()["Quality"]]
     command += ["--temperature", str(comparison.student_temperature())]
     command += ["--prompts", *prompts] if (prompts := comparison.prompts()) else []
-    subprocess.run(command, check=True)
+    call(command)
 
 
 if __name__ == "__main__":

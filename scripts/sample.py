@@ -1,15 +1,18 @@
 """Make a picture of samples from a teacher or a one-step student.
 
 python scripts/sample.py runs/digits/one-step --output grid.png
+python scripts/sample.py runs/mine/one-step --class-labels cat dog --output grid.png
 python scripts/sample.py runs/emoji/one-step --prompt "red apple" "waving hand, dark skin tone" --output grid.png
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
 
 from distill.jobs.command import run
+from eval.files import format_of, write_picture
 from eval.sampling import add_sampling_options, open_pipeline, sampling_settings
 from students.export import example_conditions, image_grid
 from teachers.conditions.condition import Condition
@@ -19,9 +22,14 @@ from teachers.randomness import sample_generators
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a picture of samples from a teacher or a one-step student.")
-    parser.add_argument("pipeline", type=Path, help="folder of a MaskedDiffusionPipeline or OneStepPipeline")
-    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--class-labels", type=int, nargs="+", help="one column each; default: the first ten classes")
+    parser.add_argument("pipeline", help="a MaskedDiffusionPipeline or OneStepPipeline: a folder, or a hub id")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write, a .png for instance")
+    parser.add_argument(
+        "--class-labels",
+        type=class_label,
+        nargs="+",
+        help="numbers or names of classes, one column each; default: the first ten",
+    )
     parser.add_argument("--prompt", nargs="+", help="one column each, for a model of text")
     parser.add_argument("--negative-prompt", help="of a teacher of text; default: its own")
     parser.add_argument("--num-rows", type=int, default=8)
@@ -29,15 +37,21 @@ def main() -> None:
     run(lambda: sample(parser.parse_args()))
 
 
+def class_label(text: str) -> int | str:
+    """A number is a class's number, anything else its name."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
 def sample(arguments: argparse.Namespace) -> None:
+    format_of(arguments.output)  # before there are images to lose
     pipeline = open_pipeline(arguments.pipeline, arguments)
     columns = columns_of(pipeline, arguments)
     settings = sampling_settings(pipeline, arguments)
     condition = columns.select(torch.arange(len(columns)).repeat(arguments.num_rows))
     generator = sample_generators("sample", arguments.seed, places=range(len(condition)))
-    output = pipeline(condition=condition, generator=generator, output_type="pt", **settings)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(output.images, len(columns)).save(arguments.output)
+    output = pipeline(condition=condition, generator=generator, output_type="pt", **settings)
+    write_picture(arguments.output, image_grid(output.images, len(columns)))
     print(f"wrote {arguments.output}: {len(condition)} images, {output.nfe:g} network evaluations each")
 
 

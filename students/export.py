@@ -1,4 +1,7 @@
-"""Export of a one-step student: safetensors with their origin in the metadata, configs, a model card."""
+"""Export of a one-step student: safetensors with their origin in the metadata, configs, a model card.
+
+What makes the folder open in diffusers itself is written by `save_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,12 @@ def export_student(
 
     Raises ValueError if the output folder is not empty, RuntimeError if what was read back differs.
     """
-    environment = Environment(loader=PackageLoader("students", "."), undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader(__package__, "."), undefined=StrictUndefined)
     template = environment.get_template("model_card.md.jinja")
     metadata = {"method": f"{method.title} ({method.reference})", **metadata}
     columns = example_conditions(pipeline, prompts)
+    names = pipeline.config.get("class_names")
+    shown = [names[str(label)] for label in columns] if names else columns
     card = template.render(
         name=output.name,
         method=method,
@@ -61,7 +66,9 @@ def export_student(
         measurements=measurements,
         protocol=protocol,
         kind=pipeline.condition_kind,
-        prompts=columns,
+        columns=shown,
+        named=isinstance(shown[0], str),
+        example=_example(pipeline, shown),
     )
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
@@ -71,6 +78,13 @@ def export_student(
         (folder / "README.md").write_text(card)
         (folder / "measurements.json").write_text(json.dumps(measurements, indent=2))
         _compare(pipeline, OneStepPipeline.from_pretrained(folder), columns)
+
+
+def _example(pipeline: TokenPipeline, columns: list[Any]) -> str:
+    """What to call the pipeline with, as Python writes it."""
+    if pipeline.condition_kind == "none":
+        return "batch_size=4"
+    return repr(columns[0]) if pipeline.condition_kind == "text" else f"class_labels={columns[:2]!r}"
 
 
 def grid_shape(pipeline: TokenPipeline) -> tuple[int, int]:
@@ -102,7 +116,7 @@ def _compare(pipeline: OneStepPipeline, reloaded: OneStepPipeline, conditions: l
         condition = candidate.encode_condition(conditions)
         generator = sample_generators("compare", places=range(len(condition)))
         initial = candidate.initialiser(condition, generator)
-        logits = candidate.denoiser(initial, condition, candidate.initialiser.perturbation(generator))
+        logits = candidate.denoiser(initial, condition, candidate.initialiser.perturbation(initial, None, generator))
         results.append((weights_digest(candidate.denoiser), initial.cpu(), logits.cpu()))
     (weights, initial, logits), (weights_reloaded, initial_reloaded, logits_reloaded) = results
     same = weights == weights_reloaded and torch.equal(initial, initial_reloaded)

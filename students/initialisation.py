@@ -6,8 +6,7 @@ Section 4.3 of Di[M]O (arXiv 2503.15457). Shapes: B batch, L tokens, D hidden si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,10 +20,11 @@ from students.marginals import MarginalTable
 from teachers.conditions.condition import Condition, Conditions
 from teachers.corruption import random_mask
 from teachers.pipeline import MAX_LOGITS, TokenPipeline, all_classes
-from teachers.randomness import Generators, noise, rand
+from teachers.randomness import Generators, noise, rand, to_device
 
 RANDOM_TOKENS = ("uniform", "marginal")
 NOISE_SCALES = ("embedding", "unit")
+MARK = 0.5  # the share of its direction in marked embeddings
 MARGINAL_PROMPTS = 512
 FORMER_TABLE = "cumulative_probabilities"  # of folders saved when all sums were kept, in float32
 
@@ -41,6 +41,15 @@ def perturb_embeddings(
     if noise_scale == "embedding":
         noise = noise * embeddings.square().mean(-1, keepdim=True).sqrt()
     return math.sqrt(1 - sigma**2) * embeddings + sigma * noise
+
+
+def mark(embeddings: torch.Tensor) -> torch.Tensor:
+    """The embeddings (B, L, D) of random tokens, moved in a direction that never changes.
+
+    So a student that completes images tells them from known tokens, which it reads as the teacher does.
+    """
+    direction = noise(1, 1, embeddings.shape[-1], generator=[torch.Generator().manual_seed(0)])
+    return perturb_embeddings(embeddings, to_device(direction, embeddings.device), MARK)
 
 
 def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> Iterator[torch.Tensor]:
@@ -66,6 +75,9 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
     The share is drawn uniformly from `mask_ratio` = (lowest, highest) for each sample. The random tokens are "uniform"
     over the codebook (the paper) or drawn from the teacher's "marginal": for the class, or, with `num_classes=0`, for
     prompts on the average or without any condition (see `teacher_marginals`).
+
+    With `known_tokens`, the probability that some of a sample's tokens are known in distillation, the student learns to
+    complete images; random tokens are marked then.
     """
 
     @register_to_config
@@ -79,6 +91,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         random_tokens: str = "uniform",
         embedding_noise: float = 0.0,
         noise_scale: str = "embedding",
+        known_tokens: float = 0.0,
     ):
         super().__init__()
         if random_tokens not in RANDOM_TOKENS:
@@ -123,13 +136,19 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
             initialiser.marginals.fill(teacher_marginals(teacher, conditions))
         return initialiser.to(teacher.device)
 
-    def forward(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
-        """Initial tokens (B, L)."""
+    def forward(
+        self, condition: Condition, generator: Generators = None, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Initial tokens (B, L): those of `known` (B, L) where it has no mask."""
         tokens = self.random_tokens(condition, generator)
         lowest, highest = self.config.mask_ratio
         mask_ratio = lowest + (highest - lowest) * rand(len(tokens), 1, generator=generator, device=tokens.device)
         mask = random_mask(mask_ratio.squeeze(1), tokens.shape[1], generator)
-        return tokens.masked_fill(mask, self.config.mask_token_id)
+        return self.keep(tokens.masked_fill(mask, self.config.mask_token_id), known)
+
+    def keep(self, tokens: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
+        """Tokens (B, L) with those of `known` (B, L) where it has no mask."""
+        return tokens if known is None else torch.where(known == self.config.mask_token_id, tokens, known)
 
     def random_tokens(self, condition: Condition, generator: Generators = None) -> torch.Tensor:
         """Random image tokens (B, L)."""
@@ -144,6 +163,23 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
         drawn = noise(*embeddings.shape, generator=generator, device=embeddings.device)
         return perturb_embeddings(embeddings, drawn, self.config.embedding_noise, self.config.noise_scale)
 
-    def perturbation(self, generator: Generators = None):
-        """What to hand to a denoiser as `perturb`; None where there is no embedding noise."""
-        return partial(self.perturb, generator=generator) if self.config.embedding_noise > 0 else None
+    def perturbation(
+        self, initial: torch.Tensor, known: torch.Tensor | None = None, generator: Generators = None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What to hand to a denoiser as `perturb` beside initial tokens (B, L); None where embeddings stay as they are.
+
+        `known` (B, L) is what they were made with.
+        """
+        if self.config.known_tokens == 0 and self.config.embedding_noise == 0:
+            return None
+
+        is_random = initial != self.config.mask_token_id
+        if known is not None:
+            is_random &= known == self.config.mask_token_id
+
+        def perturb(embeddings: torch.Tensor) -> torch.Tensor:
+            if self.config.known_tokens > 0:
+                embeddings = torch.where(is_random[..., None], mark(embeddings), embeddings)
+            return self.perturb(embeddings, generator) if self.config.embedding_noise > 0 else embeddings
+
+        return perturb

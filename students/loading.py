@@ -1,12 +1,13 @@
-"""Open a pipeline folder of either kind."""
+"""Open a pipeline of either kind."""
 
-import json
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from students.pipeline import OneStepPipeline
+from teachers.hub import HUB_SETTINGS, find_index
+from teachers.opening import read_index
 from teachers.pipeline import MaskedDiffusionPipeline
 from teachers.released.published import is_published
 
@@ -14,19 +15,15 @@ PIPELINES = {"MaskedDiffusionPipeline": MaskedDiffusionPipeline, "OneStepPipelin
 
 
 def load_pipeline(
-    directory: Path | str, torch_dtype: torch.dtype = torch.float32
+    name: Path | str, torch_dtype: torch.dtype = torch.float32, subfolder: str | None = None, **settings: Any
 ) -> MaskedDiffusionPipeline | OneStepPipeline:
-    """The teacher or student saved in a folder, or a published teacher, with weights of this type.
+    """The teacher or student of a folder or hub id, or a published teacher, with weights of this type.
 
-    A folder that holds none is a FileNotFoundError or ValueError.
+    It takes the settings of `from_pretrained`. A place that holds none is a FileNotFoundError or ValueError.
     """
-    index = Path(directory) / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"there is no pipeline in {directory}: it has no model_index.json")
-    published = is_published(directory)
-    name = "MaskedDiffusionPipeline" if published else json.loads(index.read_text()).get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{directory} holds a {name}; expected {' or '.join(PIPELINES)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer releases of diffusers have another name for it
-        return PIPELINES[name].from_pretrained(directory, torch_dtype=torch_dtype)
+    hub = {key: value for key, value in settings.items() if key in HUB_SETTINGS}
+    index = read_index(find_index(name, subfolder, **hub))
+    kind = "MaskedDiffusionPipeline" if is_published(index) else index.get("_class_name")
+    if kind not in PIPELINES:
+        raise ValueError(f"{name} holds a {kind}; expected {' or '.join(PIPELINES)}")
+    return PIPELINES[kind].from_pretrained(name, subfolder, torch_dtype=torch_dtype, **settings)

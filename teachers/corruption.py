@@ -38,13 +38,34 @@ def random_mask(mask_ratio: torch.Tensor, length: int, generator: Generators = N
     return order < num_masked[:, None]
 
 
+def random_region(token_grid: tuple[int, int], generator: list[torch.Generator]) -> torch.Tensor:
+    """Positions (B, L) of a grid for each generator, a part of any size: scattered, a rectangle, or all around one."""
+    height, width = token_grid
+    uniform = rand(len(generator), 6, generator=generator)
+    scattered = random_mask(uniform[:, 0], height * width, generator)
+    rows, columns = ((1 + uniform[:, n] * size).floor() for n, size in ((1, height), (2, width)))
+    top, left = (uniform[:, 3] * (height - rows + 1)).floor(), (uniform[:, 4] * (width - columns + 1)).floor()
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    top, left, rows, columns = (number[:, None, None] for number in (top, left, rows, columns))
+    inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
+    rectangle = inside.flatten(1) ^ (uniform[:, 5:] < 0.25)
+    return torch.where(uniform[:, 5:] < 0.5, rectangle, scattered)
+
+
 def corrupt(
-    tokens: torch.Tensor, mask_ratio: torch.Tensor, mask_token_id: int, generator: Generators = None
+    tokens: torch.Tensor,
+    mask_ratio: torch.Tensor,
+    mask_token_id: int,
+    generator: Generators = None,
+    stays: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask tokens (B, L) at ratios (B,) or (B, L): the corrupted tokens x_t ~ q(. | x_0) and the M masked positions.
 
-    Positions (M,) are counted through the batch, b L + l. With ratios on the CPU nothing waits for a GPU to count them.
+    What `stays` (B, L) is not masked. Positions (M,) are counted through the batch, b L + l. With ratios, and what
+    stays, on the CPU nothing waits for a GPU to count them.
     """
     mask = random_mask(mask_ratio, tokens.shape[1], generator)
+    if stays is not None:
+        mask &= ~stays
     positions = mask.flatten().nonzero()[:, 0]
     return tokens.masked_fill(to_device(mask, tokens.device), mask_token_id), to_device(positions, tokens.device)

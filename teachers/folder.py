@@ -15,25 +15,29 @@ from safetensors.torch import load_file, save_file
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, shared: bool = False) -> Iterator[Path]:
-    """A folder to fill, which gets the name `output` at the end; after an error there is nothing of that name.
+def new_folder(output: Path, shared: bool = False, replaces: bool = False) -> Iterator[Path]:
+    """A folder to fill, which gets the name `output` at the end; after an error all is as it was.
 
     Raises ValueError if `output` is there and not empty. Where it is `shared`, other processes make the same one, and
-    that of the first stays.
+    that of the first stays; where it `replaces` what is there, the last one stays.
     """
-    if not shared and _is_taken(output):
+    if not (shared or replaces) and _is_taken(output):
         raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
     staging = output.with_name(f".{output.name}.{uuid4().hex}.staging")
+    former = staging.with_suffix(".former")
     staging.mkdir(parents=True)
     try:
         yield staging
         for path in staging.rglob("*"):
             let_others_read(path)
+        if replaces and output.exists():
+            os.replace(output, former)
         try:
             os.replace(staging, output)  # also of an empty one
         except OSError:
             if not shared or not _is_taken(output):
                 raise
+        shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 
 from teachers.conditions.condition import Condition
 from teachers.denoiser import Denoiser
-from teachers.randomness import shape_logits
+from teachers.randomness import check_shape, shape_logits
 
 
 def check_guidance(denoiser: Denoiser, guidance_scale: float) -> None:
-    """A ValueError for guidance where there is no condition."""
+    """A ValueError for guidance where there is no condition, and for what is no number."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 is no guidance")
     if denoiser.condition_kind == "none" and guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={guidance_scale} leads towards a condition, and this model has none; leave it at 1"
@@ -57,18 +60,27 @@ class GuidedDenoiser:
 
     Args:
         guidance_scale, ramp: "constant" guidance, or "linear", from none at progress 0 to `guidance_scale` at 1.
+        on_step: what `end_step` asks.
         shape: temperature, top_k and top_p, as in `shape_logits`.
     """
 
     def __init__(
-        self, denoiser: Any, condition: Condition, guidance_scale: float = 1.0, ramp: str = "constant", **shape
+        self,
+        denoiser: Any,
+        condition: Condition,
+        guidance_scale: float = 1.0,
+        ramp: str = "constant",
+        on_step: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        **shape,
     ):
         if ramp not in RAMPS:
             raise ValueError(f"guidance_ramp={ramp!r} is not known; choose from {', '.join(RAMPS)}")
+        check_shape(**shape)
         self.denoiser = denoiser
         self.condition = condition
         self.guidance_scale = guidance_scale
         self.ramp = ramp
+        self.on_step = on_step
         self.shape = shape
         self.nfe = torch.zeros(len(condition), dtype=torch.long)
 
@@ -95,3 +107,7 @@ class GuidedDenoiser:
             condition = self.condition.select(rows)
             self.nfe[rows.cpu()] += cost
         return shape_logits(guide(self.denoiser, tokens, condition, scale), **self.shape)
+
+    def end_step(self, tokens: torch.Tensor, left: int) -> torch.Tensor:
+        """The tokens (B, L) to go on with after a step of a sampler that led to these; `left` steps come at most."""
+        return tokens if self.on_step is None else self.on_step(tokens, left)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
 import PIL.Image
@@ -14,21 +14,22 @@ from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from teachers.conditions.condition import ClassCondition, ClassLabels, Condition, TextCondition
-from teachers.conditions.prompts import encode_prompts, micro_conditions
+from teachers.calls import ConditionedPipeline, Given, Labels
+from teachers.conditions.condition import ClassLabels, Condition, TextCondition
 from teachers.data import NO_CLASS
-from teachers.denoiser import ConditionKind, Denoiser, check_denoiser
+from teachers.denoiser import check_denoiser
 from teachers.guidance import GuidedDenoiser, check_guidance, guide
-from teachers.opening import SavedPipeline
-from teachers.randomness import Generators
-from teachers.released.published import is_published, published_components
+from teachers.inpainting import Images, forget, hide, read_images, read_masks, tokens_under
+from teachers.randomness import Generators, check_generators, check_shape
+from teachers.released.published import check_published, is_published, published_components
 from teachers.samplers.sampler import Sampler
+from teachers.steps import StepCallback, StepEnd, callback_inputs
 from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.vq import VQTokenizer
 
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
-OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+OUTPUT_TYPES = ("pil", "pt", "np", "latent", "tokens")
 MAX_LOGITS = 2**27  # of a piece of a batch: half a GiB in float32, of which there are a few at a time
 
 
@@ -36,7 +37,8 @@ MAX_LOGITS = 2**27  # of a piece of a batch: half a GiB in float32, of which the
 class MaskedDiffusionOutput(BaseOutput):
     """The images, the tokens (B, L) they were decoded from, and the network evaluations per image (the mean).
 
-    With `output_type="tokens"` nothing is decoded and `images` are the tokens.
+    With `output_type="tokens"` nothing is decoded and `images` are the tokens, with "latent" their codebook vectors
+    (B, C, h, w).
     """
 
     images: list[PIL.Image.Image] | torch.Tensor | np.ndarray
@@ -44,19 +46,14 @@ class MaskedDiffusionOutput(BaseOutput):
     nfe: float
 
 
-class TokenPipeline(SavedPipeline):
-    """What teacher and student share: a denoiser over the tokens of an image tokenizer.
+class TokenPipeline(ConditionedPipeline):
+    """What teacher and student share: a denoiser over the tokens of an image tokenizer."""
 
-    A denoiser conditioned on text has a text encoder and its tokenizer beside it; they may be left out (None) where all
-    conditions come encoded.
-    """
+    # Tokenizer and initialiser are small beside what is offloaded, and asked for more than their `forward`.
+    model_cpu_offload_seq = "text_encoder->denoiser"
+    _exclude_from_cpu_offload: ClassVar = ["tokenizer", "initialiser"]
 
-    _optional_components: ClassVar = ["text_encoder", "text_tokenizer"]
-
-    denoiser: Denoiser
     tokenizer: ImageTokenizer
-    text_encoder: CLIPTextModelWithProjection | None
-    text_tokenizer: CLIPTokenizer | None
 
     @property
     def mask_token_id(self) -> int:
@@ -67,15 +64,6 @@ class TokenPipeline(SavedPipeline):
         return self.tokenizer.codebook_size
 
     @property
-    def condition_kind(self) -> ConditionKind:
-        """The denoiser's: "classes", "text" or "none"."""
-        return self.denoiser.condition_kind
-
-    @property
-    def num_classes(self) -> int:
-        return self.denoiser.config.num_classes
-
-    @property
     def token_grid(self) -> tuple[int, int]:
         return tuple(self.denoiser.config.token_grid)
 
@@ -83,106 +71,102 @@ class TokenPipeline(SavedPipeline):
     def sequence_length(self) -> int:
         return self.token_grid[0] * self.token_grid[1]
 
-    def encode_condition(
-        self,
-        conditions: Sequence[int] | Sequence[str] | Sequence[None] | torch.Tensor | int | str,
-        negative_prompt: str | None = None,
-    ) -> Condition:
-        """The condition of prompts, of class labels, each in 0 .. num_classes - 1, or of as many times None.
-
-        The negative prompt (default: `pipe.config.negative_prompt`) is what guidance leads away from.
-        """
-        if isinstance(conditions, int | str):
-            conditions = [conditions]
-        if self.condition_kind == "text":
-            return self._encode_prompts(list(conditions), negative_prompt)
-        if negative_prompt is not None:
-            raise ValueError("got a negative prompt, but this model is not conditioned on text")
-        if self.condition_kind == "none":
-            if any(condition is not None for condition in conditions):
-                raise ValueError(
-                    "this model is unconditional: it takes neither class labels nor prompts, only batch_size"
-                )
-            return ClassCondition.none(len(conditions), self.device)
-        if any(isinstance(label, str) for label in conditions):
-            raise ValueError("got prompts, but this model is conditioned on class labels; pass integers")
-        labels = torch.as_tensor(conditions)
-        if labels.numel() == 0 or labels.is_floating_point() or labels.dim() != 1:
-            raise ValueError(f"class labels must be a non-empty list of integers, got {conditions!r}")
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(outside):
-            raise ValueError(
-                f"class label {outside[0].item()} is out of range: this model knows 0 to {self.num_classes - 1}"
-            )
-        return ClassCondition(labels.long().to(self.device))
-
-    def _encode_prompts(self, prompts: list[str], negative_prompt: str | None) -> TextCondition:
-        if self.text_encoder is None or self.text_tokenizer is None:
-            raise ValueError("this pipeline was opened without its text encoder; pass an encoded `condition`")
-        if not prompts:
-            raise ValueError("got an empty list of prompts")
-        micro = micro_conditions(self.tokenizer.config.image_size, len(prompts), self.device)
-        negative_prompt = self.config.get("negative_prompt") if negative_prompt is None else negative_prompt
-        if negative_prompt is None:  # a one-step student knows none
-            return TextCondition(*encode_prompts(self.text_encoder, self.text_tokenizer, prompts), micro)
-        states, pooled = encode_prompts(self.text_encoder, self.text_tokenizer, [*prompts, negative_prompt])
-        null = states[-1:].expand(len(prompts), -1, -1), pooled[-1:].expand(len(prompts), -1)
-        return TextCondition(states[:-1], pooled[:-1], micro, *null)
-
-    def _condition(
-        self,
-        prompt: Any,
-        class_labels: Any,
-        condition: Condition | None,
-        batch_size: int | None,
-        negative_prompt: str | None = None,
-    ) -> Condition:
-        """The one of the three that was given (the first may be class labels too), or none, so many times."""
-        given = [kind for kind in (prompt, class_labels, condition) if kind is not None]
-        if self.condition_kind == "none" and not given:
-            batch_size = 1 if batch_size is None else batch_size
-            if batch_size < 1 or negative_prompt is not None:
-                raise ValueError(
-                    f"got batch_size={batch_size} and negative_prompt={negative_prompt!r}; an unconditional model "
-                    "makes one image or more, and takes no prompt"
-                )
-            return ClassCondition.none(batch_size, self.device)
-        if len(given) != 1 or batch_size is not None:
-            raise ValueError("pass one of prompt, class_labels and condition; batch_size is of unconditional models")
-        if isinstance(given[0], Condition):
-            return given[0].to(self.device)
-        return self.encode_condition(given[0], negative_prompt)
-
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L)."""
-        return self.tokenizer.encode(images.to(self.device))
+        return self.tokenizer.encode(images.to(self._execution_device))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) -> images (B, C, H, W) in [0, 1]."""
         return self.tokenizer.decode(tokens)
 
-    def _pieces(self, condition: Condition, generator: Generators) -> Iterator[tuple[Condition, Generators]]:
-        """A batch in pieces whose logits fit into memory, with their generators."""
-        if isinstance(generator, list) and len(generator) != len(condition):
+    def check_tokens(self, tokens: torch.Tensor, shape: Sequence[int], masks: bool = True) -> None:
+        """A ValueError where what a user gave is no tokens of this shape, with masks among them if there may be."""
+        if tuple(tokens.shape) != tuple(shape) or tokens.is_floating_point():
             raise ValueError(
-                f"got {len(generator)} generators for a batch of {len(condition)}; pass one per sample or one"
+                f"tokens must be {tuple(shape)} whole numbers, got {tuple(tokens.shape)} of {tokens.dtype}"
             )
+        known = (tokens >= 0) & (tokens < self.codebook_size)
+        if masks:
+            known |= tokens == self.mask_token_id
+        if not known.all():
+            allowed = f"0 to {self.codebook_size - 1}" + (f", or {self.mask_token_id} (the mask)" if masks else "")
+            raise ValueError(f"tokens must be {allowed}; got {tokens[~known][0].item()}")
+
+    def _shape(self, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+        """How logits are shaped: as a call asks for, or as the pipeline's settings say."""
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        shape: dict[str, Any] = {name: self.config[name] if value is None else value for name, value in asked.items()}
+        check_shape(**shape)
+        return shape
+
+    def _start(self, latents: torch.Tensor | None, num_images: int) -> torch.Tensor:
+        """The tokens (B, L) to start from: masks, or what a user gave of each image, or of each of as many in a row."""
+        if latents is None:
+            return torch.full((num_images, self.sequence_length), self.mask_token_id, device=self._execution_device)
+        latents = latents.flatten(1) if latents.dim() > 2 else latents
+        if 0 < len(latents) < num_images:
+            latents = latents.repeat_interleave(num_images // len(latents), 0)
+        self.check_tokens(latents, (num_images, self.sequence_length))
+        return latents.long().to(self._execution_device)
+
+    def _pieces(self, condition: Condition, generator: Generators) -> Iterator[tuple[slice, Condition, Generators]]:
+        """A batch in pieces whose logits fit into memory: their rows, conditions and generators."""
+        generator = check_generators(generator, len(condition))
         size = max(1, MAX_LOGITS // (self.sequence_length * self.codebook_size))
         for start in range(0, len(condition), size):
             rows = slice(start, start + size)
-            yield condition.select(rows), generator[rows] if isinstance(generator, list) else generator
+            yield rows, condition.select(rows), generator[rows] if isinstance(generator, list) else generator
+
+    def inpaint(self, image: Images, mask_image: Images, *call: Any, **settings: Any) -> MaskedDiffusionOutput | tuple:
+        """Images with something new where a mask is white; the tokens of all else stay.
+
+        Takes what diffusers' image processors take, one mask for all images or one for each, and what a call of the
+        pipeline takes. Every token under the mask is new, if only a pixel of it is, and nothing of what lies there is
+        looked at.
+        """
+        images = read_images(image, self.tokenizer.image_shape)
+        mask = read_masks(mask_image, self.tokenizer.image_shape).expand(len(images), -1, -1, -1)
+        tokens = self.encode(hide(images, mask))
+        known = tokens.masked_fill(tokens_under(mask, self.token_grid).to(tokens.device), self.mask_token_id)
+        return self._complete(known, *call, **settings)
+
+    def image_to_image(
+        self, image: Images, *call: Any, strength: float = 0.5, generator: Generators = None, **settings: Any
+    ) -> MaskedDiffusionOutput | tuple:
+        """Images of which a share `strength` in (0, 1] of the tokens, chosen at random, is new.
+
+        Takes what diffusers' image processors take, and what a call of the pipeline takes.
+        """
+        tokens = self.encode(read_images(image, self.tokenizer.image_shape))
+        if isinstance(generator, list | tuple) and len(generator) > len(tokens):
+            tokens = tokens.repeat_interleave(len(generator) // len(tokens), 0)  # each image forgets on its own
+        known = forget(tokens, strength, self.mask_token_id, check_generators(generator, len(tokens)))
+        return self._complete(known, *call, generator=generator, **settings)
+
+    def _complete(self, known: torch.Tensor, *call: Any, **settings: Any) -> MaskedDiffusionOutput | tuple:
+        if self.condition_kind == "none" and settings.get("condition") is None:
+            settings.setdefault("batch_size", len(known))
+        return self(*call, latents=known, **settings)
 
     def _output(self, tokens: torch.Tensor, nfe: float, output_type: str, return_dict: bool):
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is not known; choose from {', '.join(OUTPUT_TYPES)}")
-        images = tokens if output_type == "tokens" else self.decode(tokens)
+        images: Any = tokens
+        if output_type == "latent":
+            images = self.tokenizer.codebook[tokens].transpose(1, 2).unflatten(2, self.token_grid)
+        elif output_type != "tokens":
+            images = self.decode(tokens)
         if output_type in ("pil", "np"):
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
         return MaskedDiffusionOutput(images=images, tokens=tokens, nfe=nfe)
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} is not known; choose from {', '.join(OUTPUT_TYPES)}")
 
 
 def all_classes(pipeline: TokenPipeline) -> ClassLabels:
@@ -200,11 +184,15 @@ class MaskedDiffusionPipeline(TokenPipeline):
 
     The settings are the defaults for drawing tokens, saved with the pipeline: `guidance_scale` s in u + s (c - u),
     `guidance_ramp` ("constant", or "linear" from no guidance at the first step), `temperature`, `top_k`, `top_p`, and
-    the `negative_prompt` that guidance leads away from.
+    the `negative_prompt` that guidance leads away from. With `class_names`, in the order of the labels, classes are
+    asked for by name: `pipe(class_labels=["cat"])`.
 
     `from_pretrained` also opens aMUSEd, Meissonic and Monetico as they were published, with the settings of
     `published_components`.
     """
+
+    _callback_tensor_inputs: ClassVar = ["latents"]
+    _progress_bar_config: ClassVar = {"delay": 1.0}  # seconds; what is done sooner has no bar
 
     sampler: Sampler
 
@@ -221,6 +209,7 @@ class MaskedDiffusionPipeline(TokenPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         negative_prompt: str = "",
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
     ):
         super().__init__()
         check_denoiser(denoiser)
@@ -239,12 +228,20 @@ class MaskedDiffusionPipeline(TokenPipeline):
             top_p=top_p,
             negative_prompt=negative_prompt,
         )
+        self._name_classes(class_names)
 
     @classmethod
-    def _open(cls, name: str | Path, **settings) -> Self:
-        if is_published(name):
-            return cls(**published_components(name, **settings))
-        return super()._open(name, **settings)
+    def _check_index(cls, name: str | Path, index: dict[str, Any]) -> None:
+        if is_published(index):
+            check_published(index)
+        else:
+            super()._check_index(name, index)
+
+    @classmethod
+    def _open(cls, folder: Path, index: dict[str, Any], network: dict[str, Any], **settings) -> Self:
+        if is_published(index):
+            return cls(**published_components(folder, network, **settings))
+        return super()._open(folder, index, network, **settings)
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:
         """Guided logits u + s (c - u) (B, L, V) for tokens (B, L)."""
@@ -255,40 +252,58 @@ class MaskedDiffusionPipeline(TokenPipeline):
     def __call__(
         self,
         prompt: Sequence[str] | str | None = None,
-        class_labels: Sequence[int] | torch.Tensor | int | None = None,
+        class_labels: Labels | None = None,
         *,
-        condition: Condition | None = None,
-        batch_size: int | None = None,
-        negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         generator: Generators = None,
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **given: Unpack[Given],
     ) -> MaskedDiffusionOutput | tuple:
-        """Generate one image per prompt or class label, or per row of a `condition` that `encode_condition` gave; or
-        `batch_size` images (default 1) of an unconditional model.
+        """Generate one image per prompt or class label, or as many as the rest of what is `Given` says.
 
         What is not given is the default of the sampler (`pipe.sampler.config`) or the pipeline (`pipe.config`). A list
         of generators, one per image, makes each image independent of the batch that it is made in.
+
+        Args:
+            latents: tokens (B, L) or (B, h, w) to start from, with masks where tokens are to be found; the others stay.
+                As many as images, or fewer, each for as many images in a row. Default: masks alone.
+            output_type: "pil", "pt" (B, C, H, W), "np" (B, H, W, C), "tokens" (B, L), or "latent": their codebook
+                vectors (B, C, h, w).
+            callback_on_step_end: (pipe, step, left, {"latents": tokens (B, L)}) -> such a dict, whose tokens sampling
+                goes on with; `left` steps come after this at most. A batch too large for the memory is made in pieces,
+                each of which goes through all steps.
         """
-        config = self.config
-        condition = self._condition(prompt, class_labels, condition, batch_size, negative_prompt)
-        guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        check_output_type(output_type)
+        num_steps = self.sampler.num_steps(num_inference_steps, self.sequence_length)
+        inputs = callback_inputs(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         check_guidance(self.denoiser, guidance_scale)
-        tokens, evaluations = [], 0
-        for piece, generators in self._pieces(condition, generator):
-            denoise = GuidedDenoiser(
-                self.denoiser,
-                piece,
-                guidance_scale,
-                config.guidance_ramp,
-                temperature=config.temperature if temperature is None else temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
+        shape = self._shape(temperature, top_k, top_p)
+        condition = self._condition(prompt, class_labels, **given)
+        if guidance_scale != 1 and isinstance(condition, TextCondition) and condition.null_states is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} leads away from a negative prompt, and these conditions came encoded "
+                "without one: pass negative_prompt_embeds and negative_encoder_hidden_states, or leave it at 1"
             )
-            masks = torch.full((len(piece), self.sequence_length), self.mask_token_id, device=self.device)
-            tokens.append(self.sampler(denoise, masks, num_inference_steps=num_inference_steps, generator=generators))
+
+        start, tokens, evaluations = self._start(latents, len(condition)), [], 0
+        for rows, piece, generators in self._pieces(condition, generator):
+            with self.progress_bar(total=num_steps) as bar:
+                end_step = StepEnd(self, bar, num_steps, callback_on_step_end, inputs)
+                denoise = GuidedDenoiser(
+                    self.denoiser, piece, guidance_scale, self.config.guidance_ramp, on_step=end_step, **shape
+                )
+                sampled = self.sampler(
+                    denoise, start[rows], num_inference_steps=num_inference_steps, generator=generators
+                )
+            tokens.append(sampled)
             evaluations += int(denoise.nfe.sum())
         return self._output(torch.cat(tokens), evaluations / len(condition), output_type, return_dict)

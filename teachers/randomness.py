@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,6 +31,20 @@ def derive_seed(*key: int | str) -> int:
 def select_generators(generator: Generators, rows: torch.Tensor) -> Generators:
     """The generators of some samples (rows (R,) int64) of the batch; one that the whole batch shares stays as it is."""
     return [generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator
+
+
+def check_generators(generator: Any, batch_size: int) -> Generators:
+    """What a user gave as generator of so many samples; a ValueError where it is none, or a list that does not fit."""
+    several = isinstance(generator, list | tuple)
+    for given in generator if several else [generator]:
+        if not isinstance(given, torch.Generator) and (several or given is not None):
+            raise ValueError(
+                f"generator={given!r} is no torch.Generator; torch.Generator().manual_seed(0) is one with a seed. Pass "
+                "one for the batch, or a list with one for each sample"
+            )
+    if several and len(generator) != batch_size:
+        raise ValueError(f"got {len(generator)} generators for a batch of {batch_size}; pass one per sample or one")
+    return list(generator) if several else generator
 
 
 def rand(*shape: int, generator: Generators, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -105,6 +120,16 @@ def invert_cumulative(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.
     """The index (...) at which uniform numbers (...) in [0, 1) fall in cumulative probabilities (..., V)."""
     threshold = uniform[..., None].to(cumulative.dtype) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def check_shape(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
+    """A ValueError for what `shape_logits` cannot shape logits with."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (the most probable tokens) or more, and finite")
+    if top_k < 0 or top_k != int(top_k):
+        raise ValueError(f"top_k={top_k} must be a whole number, of the most probable tokens to keep; 0 keeps all")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be more than 0 and at most 1, which keeps all tokens")
 
 
 def shape_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:

@@ -5,6 +5,21 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
+
+_held: dict[Path, TextIO] = {}  # locks that last as long as this process
+
+
+def hold(folder: Path) -> bool:
+    """Whether a folder is this process's until it ends; not while another one has it."""
+    path = folder.resolve() / ".lock"
+    if path not in _held:
+        file = path.open("w")
+        if not _locked(file.fileno(), waits=False):
+            file.close()
+            return False
+        _held[path] = file
+    return True
 
 
 def each_once(results: Iterable[Path]) -> Iterator[Path]:

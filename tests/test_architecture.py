@@ -16,13 +16,13 @@ ROOMS = [
     {"teachers.pipeline"},
     {"teachers.text", "teachers.released", "teachers.cost"},
     {"teachers.networks", "teachers.samplers", "teachers.objectives"},
-    {"teachers.guidance"},
+    {"teachers.guidance", "teachers.calls", "teachers.inpainting", "teachers.steps"},
     {"teachers.denoiser"},
     {"teachers.tokenizers", "teachers.conditions"},
     {"teachers.data", "teachers.corruption", "teachers.opening"},
     {
-        "teachers.component", "teachers.folder", "teachers.progress", "teachers.randomness", "teachers.shards",
-        "teachers.sharing",
+        "teachers.component", "teachers.custom_code", "teachers.folder", "teachers.hub", "teachers.progress",
+        "teachers.randomness", "teachers.shards", "teachers.sharing", "teachers.sources",
     },
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

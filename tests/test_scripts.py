@@ -1,7 +1,9 @@
 """The entry points, called as commands would call them."""
 
 import argparse
+import errno
 import json
+import os
 from pathlib import Path
 
 import PIL.Image
@@ -10,7 +12,7 @@ import torch
 
 from eval.sampling import add_device_options, open_pipeline, pipeline_digest
 from students import OneStepPipeline
-from teachers import MaskedDiffusionPipeline
+from teachers import MaskedDiffusionPipeline, PatchTokenizer
 
 FRONTIER = ["frontier", "--teacher", "teacher", "--student", "teacher", "--output", "frontier"]
 
@@ -106,8 +108,12 @@ def test_from_run_to_samples_measurements_and_timings(command):
 
 @pytest.mark.usefixtures("run")
 def test_mistakes_are_one_line(command):
+    for name in ("dark", "light"):
+        Path("colour", name).mkdir(parents=True)
+        for number in range(6):
+            PIL.Image.new("RGB", (8, 9 + number)).save(Path("colour", name, f"{number}.png"))
     for script, arguments, message in [
-        ("sample.py", ["nowhere", "--output", "x.png"], "no pipeline in nowhere"),
+        ("sample.py", ["nowhere", "--output", "x.png"], "there is no folder nowhere"),
         ("sample.py", ["teacher", "--output", "x.png", "--class-labels", 12], "class label 12 is out of range"),
         ("sample.py", ["teacher", "--output", "x.png", "--device", "warp"], "--device warp cannot be used"),
         ("export.py", ["nowhere", "--output", "x"], "not the folder of a distillation run"),
@@ -118,6 +124,12 @@ def test_mistakes_are_one_line(command):
             "no Inception weights",
         ),
         ("evaluate.py", ["teacher", "--num-images", 0], "--num-images 0 must be at least 1"),
+        ("evaluate.py", ["teacher", "--num-images", 3], "3 generated images; what is measured needs at least 4"),
+        ("evaluate.py", ["teacher", "name=colour"], "has 2 classes and the pipeline 10"),
+        ("evaluate.py", ["teacher", "name=colour", "label_column=", "image_size=9"], "where images of 8x8 in grey"),
+        ("evaluate.py", ["teacher", "name=colour", "label_column="], "a classifier needs labels of at least two"),
+        ("sample.py", ["teacher", "--output", "grid"], "call it grid.png"),
+        ("sample.py", ["teacher", "--output", "x.png", "--class-labels", "cat"], "'cat'"),
         ("benchmark.py", [*FRONTIER, "--features", "inception", "--inception-path", "no"], "images is not one"),
         ("benchmark.py", [*FRONTIER, "--samplers", "Holton"], "no sampler 'Holton'; choose from random order, "),
         ("train_student.py", ["teacher=teacher", "output=run"], "output folder run is not empty"),
@@ -128,8 +140,51 @@ def test_mistakes_are_one_line(command):
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert (status, len(lines)) == (2, 1), (script, errors)
         assert message in lines[0]
-    assert not Path("x").exists()
-    assert not Path("other").exists()
+    assert not any(Path(name).exists() for name in ("x", "x.png", "other", "runs"))
+
+
+def test_a_picture_is_written_whole_or_not_at_all(command, teacher, monkeypatch):
+    teacher.save_pretrained("teacher")
+    assert command("sample.py", "teacher", "--output", "pictures/grid.jpg", "--num-rows", 1)[0] == 0
+    with PIL.Image.open("pictures/grid.jpg") as picture:
+        assert picture.format == "JPEG"
+    kept = Path("pictures/grid.jpg").read_bytes()
+
+    def save(picture, path, format):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PIL.Image.Image, "save", save)
+    for name in ("grid.jpg", "grid.png"):
+        status, _, errors = command("sample.py", "teacher", "--output", f"pictures/{name}", "--seed", 1)
+        assert (status, sum(line.startswith("error: ") for line in errors.splitlines())) == (2, 1)
+    assert [path.name for path in Path("pictures").iterdir()] == ["grid.jpg"]
+    assert Path("pictures/grid.jpg").read_bytes() == kept
+
+
+def test_images_are_read_in_the_tokenizers_colours_to_be_encoded(command):
+    """And not at all where they are of another size than it is for."""
+    Path("colour").mkdir()
+    for number in range(3):
+        PIL.Image.new("RGB", (9, 10), (0, 100 * number, 0)).save(Path("colour", f"{number}.png"))
+    PatchTokenizer.fit(torch.rand(4, 3, 8, 8), patch_size=4, codebook_size=8).save_pretrained("tokenizer")
+    arguments = ["--tokenizer", "tokenizer", "--output", "tokens", "name=colour", "label_column="]
+    status, _, errors = command("cache_tokens.py", *arguments)
+    assert (status, "read as 10x9 in colour, where images of 8x8 in colour" in errors) == (2, True), errors
+    assert not Path("tokens").exists()
+    status, last, errors = command("cache_tokens.py", *arguments, "image_size=8")
+    assert status == 0, errors
+    assert json.loads(last)["num_images"] == 3
+
+
+def test_classes_are_sampled_by_name(command, teacher):
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    named = MaskedDiffusionPipeline(teacher.denoiser, teacher.tokenizer, teacher.sampler, class_names=names)
+    named.save_pretrained("teacher")
+    for name, labels in [("names.png", ["seven", "3"]), ("numbers.png", [7, "three"])]:
+        status, _, errors = command("sample.py", "teacher", "--output", name, "--class-labels", *labels)
+        assert status == 0, errors
+    assert Path("names.png").read_bytes() == Path("numbers.png").read_bytes()
 
 
 def test_a_pipeline_is_opened_where_and_as_the_options_say(teacher, tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from distill.config import section, setting
-from distill.jobs.run import open_run
+from distill.jobs.run import note_settings, open_run
 from distill.loop.batches import ShuffledRows
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer, on_main_process
@@ -20,7 +23,9 @@ from teachers.data import DataConfig, ImageData, load_data
 from teachers.objectives.objective import Objective
 from teachers.randomness import derive_seed, rand, to_device
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+BYTES = sorted(ByteLevel.alphabet())  # as letters
+LETTERS = [*BYTES, *(byte + WORD_END for byte in BYTES)]
 
 
 @dataclass
@@ -35,6 +40,11 @@ class CLIPNetworkConfig:
     vocabulary_size: int = setting(2048, "text tokens at most, found by byte-pair encoding of the captions")
     num_text_tokens: int = setting(32, "of a caption, with its start and end; what is longer is cut")
     dropout: float = setting(0.1, "of attention weights")
+
+    def __post_init__(self) -> None:
+        smallest = 2 + len(LETTERS)
+        if self.vocabulary_size < smallest:
+            raise ValueError(f"network.vocabulary_size={self.vocabulary_size} must be at least {smallest}: all bytes")
 
 
 @dataclass
@@ -116,6 +126,7 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
         evaluate=on_main_process(evaluate) if monitor is not None else None,
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
+    note_settings(job)
     finished = trainer.train()
     network = trainer.averaged_network()
     accelerator.end_training()
@@ -142,11 +153,22 @@ def shift_images(images: torch.Tensor, largest: int, generators: list[torch.Gene
 
 
 def make_text_tokenizer(captions: Sequence[str], config: CLIPNetworkConfig) -> CLIPTokenizer:
-    """CLIP's kind of tokenizer, its vocabulary found in the captions."""
+    """CLIP's kind of tokenizer, its vocabulary found in the captions.
+
+    Each byte is in it, also as the last of a word: nothing is unknown, which would be the same token as the end.
+    """
     blank = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])
-    tokenizer = blank.train_new_from_iterator(captions, vocab_size=config.vocabulary_size)
-    tokenizer.model_max_length = config.num_text_tokens
-    return tokenizer
+    trained = blank.train_new_from_iterator(captions, vocab_size=config.vocabulary_size)
+    merges: Any  # transformers declares them as strings, and takes pairs
+    merges = [tuple(merge) for merge in json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]]
+    merges = merges[: config.vocabulary_size - 2 - len(LETTERS)]
+    words = dict.fromkeys([START, END, *LETTERS, *("".join(merge) for merge in merges)])
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=merges,
+        model_max_length=config.num_text_tokens,
+        split_special_tokens=True,  # a caption may say so, and does not end there
+    )
 
 
 def make_image_processor(data: ImageData) -> CLIPImageProcessor:

@@ -1,4 +1,4 @@
-"""How a script ends: a user's mistake is one line on stderr and exit status 2, not a traceback."""
+"""How a script ends: a user's mistake, or a disk's, is one line on stderr and exit status 2, not a traceback."""
 
 import logging
 import os
@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable
 
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+
+from distill.loop.host import ElsewhereError
 
 
 def run(command: Callable[[], object]) -> None:
@@ -15,7 +18,7 @@ def run(command: Callable[[], object]) -> None:
     diffusers_logging.disable_progress_bar()  # a bar for opening three small files is noise
     try:
         command()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, SafetensorError, FloatingPointError, ElsewhereError) as error:
         print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from distill.config import load_config
-from distill.jobs.stages import Stages, launch
+from distill.jobs.stages import Stages, call, launch
 from distill.jobs.student import load_student
 from distill.jobs.teacher import TeacherJob
 from teachers.data import DataConfig
@@ -69,7 +68,7 @@ class Recipe:
     def cache_tokens(self) -> None:
         tokenizer = self.output / "tokenizer" / "tokenizer"
         command = [sys.executable, str(self.scripts / "cache_tokens.py"), "--tokenizer", str(tokenizer)]
-        subprocess.run([*command, "--output", str(self.tokens), *self._images()], check=True)
+        call([*command, "--output", str(self.tokens), *self._images()])
 
     def train_clip(self, name: str, seed: int) -> None:
         monitor = f"monitor.name={self.images.name}"

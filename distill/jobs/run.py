@@ -1,53 +1,137 @@
-"""How every job begins."""
+"""How every job begins, and what it may go on with."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
-from distill.config import to_yaml
+from distill.config import load_config, to_yaml
 from distill.loop.accelerator import make_accelerator
-from distill.loop.host import from_main_process
+from distill.loop.checkpoint import has_checkpoints
+from distill.loop.host import by_main_process
+from distill.loop.lines import read_lines
 from distill.loop.signals import STOP_FILE
+from distill.loop.trainer import CHECKPOINTS, METRICS, SPEED, TRACKER
 from teachers.folder import new_file
+from teachers.sharing import hold
 
-CONFIG = "config.yaml"
+CONFIG, SAMPLES = "config.yaml", "samples"
+BEFORE_A_CHECKPOINT = {CONFIG, STOP_FILE, CHECKPOINTS, METRICS, SPEED, TRACKER, SAMPLES}
+
+# What a run may go on with another value of, sections whole: how fast and how long it learns, how it is split up,
+# watched and saved, and where things lie that are known by their contents. All else makes it another run.
+MAY_CHANGE = (
+    "output",
+    "teacher",
+    "prompts",
+    "monitor",
+    "scoring_clip",
+    "alarms",
+    "sampler",
+    "method.auxiliary_learning_rate",
+    "method.lowest_token_entropy",
+    "method.lowest_unique_tokens",
+    "objective.lowest_perplexity",
+    "training.num_steps",
+    "training.max_steps",
+    "training.learning_rate",
+    "training.learning_rate_schedule",
+    "training.warmup_steps",
+    "training.max_grad_norm",
+    "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing",
+    "training.compile",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.keep_best",
+    "training.max_nonfinite_steps",
+    "training.tracker",
+    "training.resume",
+)
 
 
-def open_run(job: Any) -> tuple[Accelerator, Path]:
-    """The Accelerator of a job, and its output folder, claimed, with the job's settings in config.yaml.
+def open_run(job: Any, prepared: Collection[str] = ()) -> tuple[Accelerator, Path]:
+    """The Accelerator of a job, and its output folder, which nobody else may work in until this process ends.
 
-    A ValueError, on all processes, where the folder holds something else.
+    A run that has made no checkpoint is begun anew, whatever its settings were; `prepared` names what this job puts
+    there before its first step. One with checkpoints is left as it is until `note_settings`. A ValueError, on all
+    processes, where the folder holds something else, or a run of settings that must not change.
     """
     output = Path(job.output)
     accelerator = make_accelerator(job.training, output)
-    if mistake := from_main_process(_claim(output, job) if accelerator.is_main_process else None):
-        raise ValueError(mistake)
+    by_main_process(lambda: _claim(output, job, BEFORE_A_CHECKPOINT | set(prepared)))
     return accelerator, output
 
 
-def _claim(output: Path, job: Any) -> str | None:
-    """Make the folder the job's, unless something is wrong with it, which is returned."""
-    if mistake := claim_mistake(output, job.training.resume):
-        return mistake
-    output.mkdir(parents=True, exist_ok=True)
-    (output / STOP_FILE).unlink(missing_ok=True)
-    with new_file(output / CONFIG) as staging:
-        staging.write_text(to_yaml(job))
-    return None
+def note_settings(job: Any) -> None:
+    """Write down the settings of a run that nothing has refused: those that it goes on with. All processes call it."""
+    by_main_process(lambda: _write_settings(job))
 
 
-def claim_mistake(output: Path, resume: bool) -> str | None:
-    """Why a run must not write into a folder; nothing is ever overwritten. With `resume` it may be a run's."""
+def _claim(output: Path, job: Any, begun: set[str]) -> None:
     seen = [path for path in output.iterdir() if not path.name.startswith(".")] if output.is_dir() else []
-    if not output.exists() or (output.is_dir() and not seen):  # hidden is what a process that died had begun
-        return None
-    if not resume:
-        return (
+    names = {path.name for path in seen}  # hidden is what a process that died had begun
+    is_saved = has_checkpoints(output / CHECKPOINTS)
+    if (output.exists() and not output.is_dir()) or (
+        names and not job.training.resume and (is_saved or not _can_start_again(output, names, job, begun))
+    ):
+        raise ValueError(
             f"the output folder {output} is not empty; name another one, remove it, or go on with training.resume=true"
         )
-    if not (output / CONFIG).is_file():
-        return f"{output} is not the folder of a run, which could be gone on with: it has no {CONFIG}"
-    return None
+    if names and CONFIG not in names:
+        raise ValueError(f"{output} is not the folder of a run, which could be gone on with: it has no {CONFIG}")
+    if is_saved:
+        _check_changes(output, load_config(type(job), output / CONFIG), job)
+    output.mkdir(parents=True, exist_ok=True)
+    if not hold(output):
+        raise ValueError(f"another process is at work in {output}; wait for it, or name another output folder")
+    (output / STOP_FILE).unlink(missing_ok=True)
+    if not is_saved:
+        for path in seen:
+            if path.name in begun:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _write_settings(job)
+
+
+def _can_start_again(output: Path, names: set[str], job: Any, begun: set[str]) -> bool:
+    """Whether a folder holds nothing but what a run left there that never came to its first checkpoint."""
+    if CONFIG not in names or names - begun:
+        return False
+    lines = read_lines(output / METRICS)
+    first = load_config(type(job), output / CONFIG).training.checkpoint_every
+    return not lines or lines[-1]["step"] < first  # or it had checkpoints, which somebody has removed
+
+
+def _check_changes(output: Path, before: Any, now: Any) -> None:
+    """A ValueError where a setting differs that must not."""
+    was, now = _by_name(yaml.safe_load(to_yaml(before))), _by_name(yaml.safe_load(to_yaml(now)))
+    changed = [
+        f"{name}={was.get(name)}, not {now.get(name)}"
+        for name in was | now
+        if was.get(name) != now.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {output} was begun with {'; '.join(changed)}. It can go on with its own settings alone; name "
+            "another output folder for others"
+        )
+
+
+def _by_name(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names, `training.seed` and so on."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _by_name(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _write_settings(job: Any) -> None:
+    with new_file(Path(job.output) / CONFIG) as staging:
+        staging.write_text(to_yaml(job))

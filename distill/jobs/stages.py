@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from teachers.folder import new_file
 
 
 class Stages:
@@ -34,7 +37,8 @@ class Stages:
         work()
         seconds = self.seconds
         seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        self._file.write_text(json.dumps(seconds))
+        with new_file(self._file) as staging:
+            staging.write_text(json.dumps(seconds))
         print(f"== {name}: {seconds[name]:.0f} s", flush=True)
 
 
@@ -55,4 +59,10 @@ def launch(script: Path, config: Path, output: Path, *overrides: str) -> None:
     command += [str(script), "--config", str(config), f"output={output}"]
     command += ["training.resume=true", *overrides]
     print("$ accelerate launch " + " ".join(command[3:]), flush=True)
-    subprocess.run(command, env=environment, check=True)
+    call(command, environment)
+
+
+def call(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a command; a ValueError where it fails, of which it has said why."""
+    if status := subprocess.run(command, env=environment).returncode:
+        raise ValueError(f"a stage failed (status {status}), as said above: {shlex.join(command)}")

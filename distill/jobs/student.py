@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from distill.config import choice, load_config, section, setting
-from distill.jobs.run import CONFIG, open_run
+from distill.jobs.run import CONFIG, note_settings, open_run
+from distill.jobs.sources import SOURCES, check_sources, locate, note_sources, sources_of
 from distill.loop.alarms import AlarmConfig
-from distill.loop.checkpoint import best_checkpoint, newest_checkpoint, step_of, verify_checkpoint
+from distill.loop.checkpoint import best_checkpoint, has_checkpoints, newest_checkpoint, step_of, verify_checkpoint
 from distill.loop.config import TrainingConfig
+from distill.loop.host import by_main_process
 from distill.loop.state import SavedTensors, restore, trained_parameters
-from distill.loop.trainer import AVERAGED, Trainer
+from distill.loop.trainer import AVERAGED, CHECKPOINTS, Trainer
 from distill.methods import METHODS
 from students.adapters import make_learner, merged
 from students.initialisation import NOISE_SCALES, RANDOM_TOKENS, TokenInitialiser
@@ -34,7 +36,7 @@ from teachers.pipeline import MaskedDiffusionPipeline, all_classes
 from teachers.randomness import derive_seed, rand
 from teachers.sharing import each_once
 
-PROMPTS = "prompts.txt"  # in the folder of a run: the key of the prompts that it was begun on
+PROMPTS, INITIALISER = "prompts.txt", "initialiser"  # in the folder of a run; the first is the key of its prompts
 TEACHER_DTYPES: dict[str, Callable[[Any], nn.Module]] = {
     "float32": nn.Module.float,
     "bfloat16": nn.Module.bfloat16,
@@ -50,13 +52,15 @@ class InitialConfig:
     random_tokens: str = setting("marginal", "the other tokens: uniform (the paper), or the teacher's marginal")
     embedding_noise: float = setting(0.0, "sigma of sqrt(1 - s^2) e + s n on the token embeddings")
     noise_scale: str = setting("embedding", "size of n: embedding (their RMS), or unit (the paper)")
+    known_tokens: float = setting(0.0, "probability that a part of a sample is known: a student that completes images")
 
     def __post_init__(self) -> None:
         lowest, highest = self.mask_ratio
         if not 0 <= lowest <= highest <= 1:
             raise ValueError(f"initial.mask_ratio={[lowest, highest]} must be ordered and within [0, 1]")
-        if not 0 <= self.embedding_noise <= 1:
-            raise ValueError(f"initial.embedding_noise={self.embedding_noise} must be in [0, 1]")
+        for name in ("embedding_noise", "known_tokens"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"initial.{name}={getattr(self, name)} must be in [0, 1]")
         for name, known in [("random_tokens", RANDOM_TOKENS), ("noise_scale", NOISE_SCALES)]:
             if getattr(self, name) not in known:
                 raise ValueError(f"initial.{name}={getattr(self, name)!r}; choose from {', '.join(known)}")
@@ -115,7 +119,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     """
     teacher, method_class = load_teacher(job.teacher), METHODS[job.method.name]
     method_class.check(job.method, teacher.denoiser)
-    accelerator, output = open_run(job)
+    accelerator, output = open_run(job, prepared=(PROMPTS, INITIALISER, SOURCES))
+    sources = by_main_process(lambda: checked_sources(job, teacher))
     if job.teacher_dtype != "float32" and accelerator.device.type == "cpu":
         raise ValueError(
             f"teacher_dtype={job.teacher_dtype} is for GPUs: under autocast, a CPU has no layer norm of such weights; "
@@ -136,7 +141,8 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         teacher.denoiser.compile_repeated_blocks()
 
     def pipeline(network: Denoiser) -> OneStepPipeline:
-        return OneStepPipeline(merged(network), teacher.tokenizer, initialiser).to(accelerator.device)
+        student = OneStepPipeline(merged(network), teacher.tokenizer, initialiser, class_names=teacher.class_names)
+        return student.to(accelerator.device)
 
     def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
         assert monitor is not None
@@ -158,9 +164,19 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
         sequence_length=teacher.sequence_length,
         run_settings=asdict(job.method) | {"batch_size": job.training.batch_size},
     )
+    note_settings(job)
+    by_main_process(lambda: note_sources(output, sources))
     finished = trainer.train()
     accelerator.end_training()
     return finished
+
+
+def checked_sources(job: StudentJob, teacher: MaskedDiffusionPipeline) -> dict[str, Any]:
+    """What the run learns from; a ValueError where that is not what it learnt from before."""
+    output, sources = Path(job.output), sources_of(teacher, job.teacher, job.prompts.name)
+    if has_checkpoints(output / CHECKPOINTS):
+        check_sources(output, sources)
+    return sources
 
 
 def open_conditions(job: StudentJob, teacher: MaskedDiffusionPipeline, output: Path) -> Conditions:
@@ -190,7 +206,7 @@ def make_initialiser(
     job: StudentJob, teacher: MaskedDiffusionPipeline, conditions: Conditions, output: Path
 ) -> TokenInitialiser:
     """The initialiser in the run's folder, put there first if it is not."""
-    folder = output / "initialiser"
+    folder = output / INITIALISER
     for missing in each_once([folder]):
         with new_folder(missing, shared=True) as staging:
             initialiser = TokenInitialiser.for_teacher(teacher, conditions=conditions, **asdict(job.initial))
@@ -208,32 +224,39 @@ def learner_of(job: StudentJob, teacher: Denoiser) -> Denoiser:
     return learner
 
 
-def load_student(run: Path, best: bool = False) -> tuple[OneStepPipeline, StudentJob, int]:
+def load_student(run: Path, best: bool = False, teacher_name: str = "") -> tuple[OneStepPipeline, StudentJob, int]:
     """The student with the averaged weights of a run's newest whole checkpoint, or of the best; the job, and the step.
 
-    Raises FileNotFoundError where there is none, ValueError where the best one is damaged.
+    The teacher is looked for under the name given, or else where the run found it. Raises FileNotFoundError where
+    there is none of these, ValueError where the best checkpoint is damaged or the teacher is another one.
     """
     job = load_job(run)
     if best:
         checkpoint = find_best(run)
         verify_checkpoint(checkpoint)
     else:
-        checkpoint = newest_checkpoint(run / "checkpoints")
+        checkpoint = newest_checkpoint(run / CHECKPOINTS)
     step = step_of(checkpoint)
-    teacher = load_teacher(job.teacher)
+    teacher_name = teacher_name or locate(run, "teacher", job.teacher)
+    job.prompts.name = locate(run, "prompts", job.prompts.name)
+    try:
+        teacher = load_teacher(teacher_name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. If it is elsewhere now, scripts/export.py --teacher says where") from error
+    check_sources(run, sources_of(teacher, teacher_name, job.prompts.name))
     learner: Any = make_learner(teacher.denoiser, job.freeze_embeddings, job.adapter_rank)
     if job.adapter_rank:
         TEACHER_DTYPES[job.teacher_dtype](teacher.denoiser)  # what the adapters, which are in float32, learnt beside
     restore(trained_parameters(learner), SavedTensors(checkpoint, AVERAGED))
     student = merged(learner).requires_grad_(False)
-    initialiser = TokenInitialiser.from_pretrained(run / "initialiser")
-    pipeline = OneStepPipeline(student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer)
-    return pipeline, job, step
+    initialiser = TokenInitialiser.from_pretrained(run / INITIALISER)
+    parts = student, teacher.tokenizer, initialiser, teacher.text_encoder, teacher.text_tokenizer
+    return OneStepPipeline(*parts, class_names=teacher.class_names), job, step
 
 
 def find_best(run: Path) -> Path:
     """The checkpoint that measured best in a run; FileNotFoundError where nothing was measured."""
-    found = best_checkpoint(run / "checkpoints")
+    found = best_checkpoint(run / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"no checkpoint of {run} was marked as the best (training.keep_best)")
     return found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.config import choice, section, setting
-from distill.jobs.run import open_run
+from distill.jobs.run import note_settings, open_run
 from distill.loop.batches import ShuffledRows
 from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer
@@ -33,6 +32,8 @@ from teachers.shards import MappedRows
 from teachers.sharing import each_once
 from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.token_cache import TokenCache, load_token_cache
+
+TOKENIZER = "tokenizer"  # in the folder of a run: the patch tokenizer that was fitted to its images
 
 
 @dataclass
@@ -95,9 +96,9 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     """
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
     check_columns(job, data)
-    accelerator, output = open_run(job)
+    accelerator, output = open_run(job, prepared=(TOKENIZER,))
     if isinstance(data, ImageData):
-        data = tokenise(job, data, output / "tokenizer")
+        data = tokenise(job, data, output / TOKENIZER)
     conditions: Conditions = ClassLabels(data.labels)
     if job.text_encoder:
         conditions = encode_captions(job, data, output.parent / "prompts", accelerator.device)
@@ -110,9 +111,10 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         denoiser.compile_repeated_blocks()
     sampler = MaskGITSampler(**asdict(job.sampler))
 
-    def pipeline(network: Denoiser, *text_modules) -> MaskedDiffusionPipeline:
-        pipeline = MaskedDiffusionPipeline(network, tokenizer, sampler, *text_modules)
-        return pipeline.to(accelerator.device)
+    def pipeline(network: Denoiser, text_encoder=None, text_tokenizer=None) -> MaskedDiffusionPipeline:
+        names = None if job.text_encoder else data.class_names
+        parts = network, tokenizer, sampler, text_encoder, text_tokenizer
+        return MaskedDiffusionPipeline(*parts, class_names=names).to(accelerator.device)
 
     def evaluate(network: Denoiser, step: int, heartbeat: Callable[[], None]) -> dict[str, float]:
         assert monitor is not None
@@ -129,14 +131,14 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         sequence_length=data.tokens.shape[1],
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
+    note_settings(job)
     finished = trainer.train()
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         text_modules = load_text_modules(job.text_encoder) if job.text_encoder else ()
-        pipeline(network, *text_modules).save_pretrained(output / "pipeline")
-        names = json.dumps(data.class_names, ensure_ascii=False)
-        (output / "pipeline" / "class_names.json").write_text(names)
+        with new_folder(output / "pipeline", replaces=True) as folder:
+            pipeline(network, *text_modules).save_pretrained(folder)
     return finished
 
 

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from distill.config import section, setting
-from distill.jobs.run import open_run
+from distill.jobs.run import note_settings, open_run
 from distill.loop.batches import ShuffledRows
 from distill.loop.config import TrainingConfig
+from distill.loop.signals import Hopeless
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.data import DataConfig, load_data
 from teachers.objectives.vq import VQConfig, VQObjective
@@ -57,7 +58,7 @@ Monitor = Callable[[VQTokenizer, int], dict[str, float]]
 def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     """Run the job; `monitor(tokenizer, step)` measures the averaged weights now and then. False if interrupted.
 
-    It must return the codebook's `perplexity`, and training ends with a ValueError if that is hopeless half-way.
+    It must return the codebook's `perplexity`, and training ends as `Hopeless` if that is too low half-way.
     """
     data = load_data(job.data)
     accelerator, output = open_run(job)
@@ -85,6 +86,7 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
         evaluate=on_main_process(evaluate),
         run_settings=asdict(job.objective) | {"batch_size": job.training.batch_size},
     )
+    note_settings(job)
     finished = trainer.train()
     network = trainer.averaged_network()
     accelerator.end_training()
@@ -114,10 +116,10 @@ def make_tokenizer(config: VQNetworkConfig, image_shape: torch.Size) -> VQTokeni
 
 
 def check_codebook(perplexity: float, job: TokenizerJob) -> None:
-    """Raise ValueError, with advice, if the tokens of real images hardly vary."""
+    """Raise `Hopeless`, with advice, if the tokens of real images hardly vary."""
     lowest = job.objective.lowest_perplexity * job.network.codebook_size
     if perplexity < lowest:
-        raise ValueError(
+        raise Hopeless(
             f"the codebook has collapsed: the perplexity of its {job.network.codebook_size} tokens is "
             f"{perplexity:.1f}, less than {lowest:.1f} (objective.lowest_perplexity). Try a smaller "
             "network.codebook_size or network.entry_size, a higher objective.reconstruction_weight or "

@@ -125,9 +125,15 @@ def _difference(path: Path, expected: dict[str, int | str]) -> str | None:
 
 def mark_best(directory: Path, step: int, measure: str, value: float, keep: int) -> None:
     """Note that the checkpoint of this step is the best so far, which stays beside the newest `keep`."""
-    with new_file(directory / BEST) as staging:
-        staging.write_text(json.dumps({"step": step, "measure": measure, "value": value}))
+    best = json.dumps({"step": step, "measure": measure, "value": value})
+    if failure := _attempt(partial(_write_best, directory, best)):
+        logger.warning("that the checkpoint of step %d is the best could not be noted: %s", step, failure)
     _prune(directory, keep)
+
+
+def _write_best(directory: Path, best: str) -> None:
+    with new_file(directory / BEST) as staging:
+        staging.write_text(best)
 
 
 def best_checkpoint(directory: Path) -> tuple[Path, str, float] | None:

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch --cpu --num_processes N`.
+"""The processes of `accelerate launch --cpu --num_processes N`, whether a command line or a file asks for them.
 
 Accelerate leaves the start of several CPU processes to MPI; without it (as of 1.15) that command silently runs one. So
 the script that finds itself alone starts them, which needs neither MPI nor another launcher.
@@ -14,8 +14,11 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 import psutil
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 
@@ -67,12 +70,21 @@ def _process(rank: int, function: Callable[[], object], num_processes: int, port
 
 
 def _requested_cpu_processes() -> int:
-    """What the launcher's command line asks for, where it started this process alone; else 1."""
-    if "WORLD_SIZE" in os.environ or not asked("ACCELERATE_USE_CPU"):
+    """What the launcher was asked for, where it started this process alone; else 1."""
+    parent = psutil.Process().parent()
+    launcher = parent.cmdline()[: -len(sys.argv)] if parent else []  # what follows is the script and its arguments
+    by_accelerate = any("accelerate" in Path(word).name for word in launcher)
+    if "WORLD_SIZE" in os.environ or not asked("ACCELERATE_USE_CPU") or not by_accelerate:
         return 1
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    parser.add_argument("--num_machines", "--num-machines", type=int, default=1)
-    parent = psutil.Process().parent()
-    arguments, _ = parser.parse_known_args(parent.cmdline() if parent else [])
-    return arguments.num_processes if arguments.num_machines == 1 else 1
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--num_machines", "--num-machines", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    parser.add_argument("--cpu", action="store_true")
+    arguments, _ = parser.parse_known_args(launcher)
+    num_processes, num_machines = arguments.num_processes, arguments.num_machines
+    if arguments.config_file or (os.path.isfile(default_config_file) and not arguments.cpu):  # as the launcher does
+        file: Any = load_config_from_file(arguments.config_file)
+        num_processes = file.num_processes if num_processes is None else num_processes
+        num_machines = file.num_machines if num_machines is None else num_machines
+    return num_processes or 1 if (num_machines or 1) == 1 else 1

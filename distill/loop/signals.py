@@ -19,6 +19,10 @@ class Stopped(Exception):
     """Raised in an evaluation when the run was asked to stop."""
 
 
+class Hopeless(ValueError):
+    """Raised in an evaluation when what it found says that going on is no use; with what to do instead."""
+
+
 class StopRequest:
     """Whether any process of the run was asked to stop, by a signal or by a file `stop` in its folder."""
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import ModelMixin
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,9 +24,11 @@ from torch.distributed.tensor import DTensor
 from distill.loop.alarms import AlarmConfig, Alarms
 from distill.loop.checkpoint import best_checkpoint, has_checkpoints, mark_best, newest_checkpoint, save_checkpoint
 from distill.loop.config import TrainingConfig
-from distill.loop.host import from_main_process
+from distill.loop.host import by_main_process, from_main_process, on_any_process, together
+from distill.loop.lines import append_line, trim_lines
 from distill.loop.loss_scale import LossScale
-from distill.loop.signals import Stopped, StopRequest
+from distill.loop.optimizers import make_optimizer, make_schedule
+from distill.loop.signals import Hopeless, Stopped, StopRequest
 from distill.loop.state import (
     SavedTensors,
     adam_state,
@@ -49,6 +50,7 @@ from teachers.randomness import derive_seed, sample_generators
 logger = logging.getLogger(__name__)
 
 STATE, AVERAGED = "trainer.json", "averaged"
+CHECKPOINTS, TRACKER = "checkpoints", "tracker"  # folders
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"  # the first is a function of the seed, the second of the machine
 
 Evaluation = Callable[[Any, int, Callable[[], None]], dict[str, float]]
@@ -72,7 +74,8 @@ class Trainer:
     Args:
         draw_batch: (step, places in the global batch, a generator for each place) -> what the task takes as batch.
         evaluate: (averaged network, step, heartbeat) -> metrics; called on every process. It calls `heartbeat()` now
-            and then, on every process alike: that is where an evaluation can be stopped.
+            and then, on every process alike: that is where an evaluation can be stopped. One that fails is a warning,
+            but at step 0.
         alarms: what becomes of the task's alarms.
         sequence_length: tokens of a sample, to count their rate; 0 where there are none.
     """
@@ -92,7 +95,7 @@ class Trainer:
         self.config, self.accelerator, self.task = config, accelerator, task
         self.draw_batch, self.output, self.evaluate = draw_batch, output, evaluate
         self.alarms = Alarms(alarms or AlarmConfig(), task.alarms)
-        self.checkpoints = output / "checkpoints"
+        self.checkpoints = output / CHECKPOINTS
         self.step = 0
         self.loss_scale = LossScale(enabled=accelerator.mixed_precision == "fp16")
         self._nonfinite_in_a_row = 0
@@ -102,40 +105,25 @@ class Trainer:
         self._averaged_network = copy.deepcopy(task.networks[task.averaged]).cpu().eval()
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.schedulers = {}
-        usual: dict[str, Any] = {
-            "lr": config.learning_rate,
-            "betas": (0.9, config.adam_beta2),
-            "eps": config.adam_epsilon,
-            "weight_decay": config.weight_decay,
-        }
         for name, network in task.networks.items():
-            optimizer = torch.optim.AdamW(
-                trained_parameters(network).values(),
-                fused=True,  # one call; and it can leave a step out without the host's knowing
-                **usual | task.optimizers.get(name, {}),
-            )
+            optimizer = make_optimizer(config, network, **task.optimizers.get(name, {}))
             # One network at a time: FSDP2 takes no more. The wrapper of the optimizer is left aside, since it updates
             # the loss scale once for each of several optimizers.
             self.networks[name], wrapper = accelerator.prepare(network, optimizer)
             self.optimizers[name] = wrapper.optimizer
-            self.schedulers[name] = get_scheduler(
-                config.learning_rate_schedule,
-                self.optimizers[name],
-                num_warmup_steps=config.warmup_steps,
-                num_training_steps=config.num_steps,
-            )
         self.ema = EMAModel(local_parts(self._averaged_parameters()), decay=config.ema_decay, foreach=True)
         goes_on = config.resume and from_main_process(has_checkpoints(self.checkpoints))
         if goes_on:
             self._load()
-        if accelerator.is_main_process:
-            self._trim_lines(self.step if goes_on else -1)
+        self.schedulers = {name: make_schedule(config, each, self.step) for name, each in self.optimizers.items()}
         plain = {  # tensorboard takes nothing else
             key: value if isinstance(value, int | float | str) else str(value)
             for key, value in (run_settings or {}).items()
         }
-        accelerator.init_trackers("tracker", config=plain)
+        for name in (METRICS, SPEED):  # what was written after the checkpoint counts no more
+            by_main_process(partial(trim_lines, output / name, self.step if goes_on else -1))
+        with together():
+            accelerator.init_trackers(TRACKER, config=plain)
         precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
         self._throughput = Throughput(accelerator.device, precision, config.batch_size, sequence_length)
 
@@ -272,7 +260,7 @@ class Trainer:
             if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
                 raise FloatingPointError(
                     f"{self._nonfinite_in_a_row} updates in a row had no finite loss and gradients (step {step}); "
-                    "lower the learning rates, or go on from an earlier checkpoint"
+                    "lower the learning rates and go on from the last checkpoint (training.resume=true)"
                 )
         self._unread.clear()
 
@@ -295,10 +283,17 @@ class Trainer:
         """Measure and write down; the measure that the best checkpoint is chosen by, if it is lower than any before."""
         if self.evaluate is None:
             return None
+        network = self.averaged_network()
         try:
-            measures = self.evaluate(self.averaged_network(), self.step, self._heartbeat)
+            with together():
+                measures = self.evaluate(network, self.step, self._heartbeat)
         except Stopped:
             logger.warning("the evaluation of step %d was left, to stop", self.step)
+            return None
+        except Exception as error:  # whatever it is, what was learnt is worth more
+            if on_any_process(isinstance(error, Hopeless)) or self.step == 0:
+                raise
+            logger.warning("the evaluation of step %d failed: %s", self.step, error, exc_info=True)
             return None
         finally:
             self._averaged_network.cpu()
@@ -307,25 +302,21 @@ class Trainer:
         return from_main_process(self._if_best(measures) if self.accelerator.is_main_process else None)
 
     def _if_best(self, measures: dict[str, float]) -> float | None:
-        value, best = measures.get(self.config.keep_best), best_checkpoint(self.checkpoints)
-        return value if value is not None and (best is None or value < best[2]) else None
+        measure, best = self.config.keep_best, best_checkpoint(self.checkpoints)
+        value = measures.get(measure)
+        return value if value is not None and (best is None or best[1] != measure or value < best[2]) else None
 
     def _heartbeat(self) -> None:
         if self._stop.is_made():
             raise Stopped
 
     def _write(self, values: dict[str, float], name: str = METRICS) -> None:
-        self.accelerator.log(values, step=self.step)
+        try:
+            self.accelerator.log(values, step=self.step)
+        except OSError as error:  # a disk, or the tracker's server, on the main process alone
+            logger.warning("the tracker did not take step %d: %s", self.step, error)
         if self.accelerator.is_main_process:
-            with (self.output / name).open("a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
-
-    def _trim_lines(self, last_step: int) -> None:
-        """Forget what was written after the checkpoint that the run goes on from."""
-        for path in (self.output / METRICS, self.output / SPEED):
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
-                path.write_text("".join(line + "\n" for line in kept))
+            append_line(self.output / name, {"step": self.step, **values})
 
     def _save(self) -> bool:
         return save_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints, self._contents())
@@ -340,7 +331,6 @@ class Trainer:
             "step": self.step,
             "averaged_steps": self.ema.optimization_step,
             "loss_scale": self.loss_scale.state_dict(),
-            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
         }
         yield partial(_write_text, json.dumps(counters) if self.accelerator.is_main_process else None, STATE)
 
@@ -360,10 +350,6 @@ class Trainer:
         counters = json.loads((checkpoint / STATE).read_text())
         self.step, self.ema.optimization_step = counters["step"], counters["averaged_steps"]
         self.loss_scale.load_state_dict(counters["loss_scale"])
-        for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(counters["schedulers"][name])
-            for group, rate in zip(self.optimizers[name].param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
         logger.info("resuming from %s", checkpoint)
 
     def _mark_best(self, value: float) -> None:

@@ -18,11 +18,11 @@ from distill.methods.divergence import divergence_gradient, jeffreys_divergence,
 from distill.methods.method import Alarm, Method
 from students.initialisation import TokenInitialiser
 from teachers.conditions.condition import Condition
-from teachers.corruption import MASK_SCHEDULES, corrupt, scheduled_mask_ratio
+from teachers.corruption import MASK_SCHEDULES, corrupt, random_region, scheduled_mask_ratio
 from teachers.denoiser import Denoiser
 from teachers.guidance import check_guidance, guide
 from teachers.objectives.masked import masked_cross_entropy, sum_and_number
-from teachers.randomness import rand, sample_tokens, shape_logits
+from teachers.randomness import rand, sample_tokens, shape_logits, to_device
 
 AUXILIARY_SAMPLES = ("shared", "fresh")
 WEIGHTINGS = ("sum", "paper")
@@ -98,6 +98,7 @@ class DiMO(Method):
         self.teacher, self.initialiser = teacher, initialiser
         self.networks = {"student": learner(), "auxiliary": learner()}
         self.optimizers = {"auxiliary": {"lr": config.auxiliary_learning_rate}}
+        self.shape: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         self.alarms = alarms(config, initialiser.config.codebook_size)
         if config.auxiliary_samples == "shared":
             self.updates = (("student", "auxiliary"),) + (("auxiliary",),) * (config.auxiliary_updates - 1)
@@ -123,14 +124,15 @@ class DiMO(Method):
         losses: dict[str, torch.Tensor] = {}
         metrics: dict[str, torch.Tensor] = {}
 
-        initial = self.initialiser(condition, generators)
+        known, stays = self.known_tokens(networks["student"], condition, generators)
+        initial = self.initialiser(condition, generators, known)
         with torch.set_grad_enabled("student" in update):
-            logits = networks["student"](initial, condition, self.initialiser.perturbation(generators))
-        shape: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-        tokens = sample_tokens(logits.detach(), generators, **shape)  # x_0, on-policy
+            logits = networks["student"](initial, condition, self.initialiser.perturbation(initial, known, generators))
+        tokens = sample_tokens(logits.detach(), generators, **self.shape)  # x_0, on-policy
+        tokens = self.initialiser.keep(tokens, known)
         progress = rand(len(tokens), 1, generator=generators).squeeze(1)
         mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress).clamp(*config.mask_ratio_range)
-        corrupted, positions = corrupt(tokens, mask_ratio, mask_token_id, generators)  # x_t
+        corrupted, positions = corrupt(tokens, mask_ratio, mask_token_id, generators, stays)  # x_t
         with torch.set_grad_enabled("auxiliary" in update):
             auxiliary_logits = networks["auxiliary"](corrupted, condition, positions=positions)  # (M, V)
 
@@ -151,7 +153,7 @@ class DiMO(Method):
         if "auxiliary" in update:
             soft_targets = None
             if config.auxiliary_soft_weight > 0:
-                soft_targets = shape_logits(logits.detach().flatten(0, 1)[positions], **shape).softmax(-1)
+                soft_targets = shape_logits(logits.detach().flatten(0, 1)[positions], **self.shape).softmax(-1)
             del logits  # for their memory; the gradient is all that goes back through them
             losses["auxiliary"] = masked_cross_entropy(
                 auxiliary_logits,
@@ -166,6 +168,23 @@ class DiMO(Method):
                 metrics["auxiliary_cross_entropy"] = sum_and_number(total, len(positions))
 
         return losses, metrics
+
+    @torch.no_grad()
+    def known_tokens(
+        self, student: nn.Module, condition: Condition, generators: list[torch.Generator]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What of some samples is known, tokens (B, L) with masks elsewhere, and where (B, L), on the CPU; or None.
+
+        They are the student's own, of a whole image: so it learns to complete images without any that are real.
+        """
+        if self.initialiser.config.known_tokens == 0:
+            return None, None
+        initial = self.initialiser(condition, generators)
+        logits = student(initial, condition, self.initialiser.perturbation(initial, None, generators))
+        tokens = sample_tokens(logits, generators, **self.shape)
+        stays = random_region(self.initialiser.config.token_grid, generators)
+        stays &= rand(len(tokens), 1, generator=generators) < self.initialiser.config.known_tokens
+        return tokens.masked_fill(~to_device(stays, tokens.device), self.initialiser.config.mask_token_id), stays
 
 
 def alarms(config: DiMOConfig, codebook_size: int) -> list[Alarm]:

@@ -16,8 +16,9 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.conditions.condition import Condition
-from teachers.data import open_dataset
 from teachers.randomness import to_device
+from teachers.sources.columns import captions
+from teachers.sources.dataset import open_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,12 @@ class PromptConfig:
     name: str = field(
         default="", metadata={"help": "a .txt file (a prompt each line), a .parquet file, a folder, a hub dataset's id"}
     )
-    split: str = field(default="train", metadata={"help": "train or test, or any split that the dataset has"})
-    column: str = field(default="text", metadata={"help": "column with the prompts"})
+    split: str = field(
+        default="train", metadata={"help": "any that the dataset has, or a part: train[:1000], train[90%:]"}
+    )
+    column: str = field(
+        default="text", metadata={"help": "column with the prompts, or lists of which the first counts"}
+    )
     cache: str = field(
         default="", metadata={"help": "folder of their encodings, which runs share; empty: prompts/ beside the run's"}
     )
@@ -48,9 +53,7 @@ def load_prompts(config: PromptConfig) -> list[str]:
         prompts = [prompt for prompt in prompts if prompt]
     else:
         dataset = open_dataset(config.name, config.split)
-        if config.column not in dataset.column_names:
-            raise ValueError(f"{config.name} has no column {config.column!r}; it has {', '.join(dataset.column_names)}")
-        prompts = dataset[config.column][:]
+        prompts = captions(dataset, config.name, config.column)[:]
     if not prompts:
         raise ValueError(f"there are no prompts in {config.name}")
     return clean_prompts(prompts)

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UVit2DModel, VQModel
+from diffusers import UVit2DModel, VQModel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from teachers.networks.amused import AmusedDenoiser
 from teachers.networks.meissonic import MeissonicTransformer
+from teachers.opening import open_part
 from teachers.samplers import MaskGITSampler
 from teachers.tokenizers.vq import VQTokenizer
 
@@ -30,44 +31,42 @@ CLASSES = {
 }
 
 
-def is_published(name: str | Path) -> bool:
-    """Whether a folder, or a hub id, is one of a published teacher: it has a transformer beside a `vqvae`."""
-    return {"transformer", "vqvae"} <= set(DiffusionPipeline.load_config(name))
+def is_published(index: dict[str, Any]) -> bool:
+    """Whether a `model_index.json` is one of a published teacher: it has a transformer beside a `vqvae`."""
+    return {"transformer", "vqvae"} <= set(index)
 
 
-def published_components(name: str | Path, image_size: int | None = None, **settings: Any) -> dict[str, Any]:
-    """What `MaskedDiffusionPipeline` is made of, from a published folder or hub id.
+def published_components(
+    folder: Path, network: dict[str, Any], image_size: int | None = None, **given: Any
+) -> dict[str, Any]:
+    """What `MaskedDiffusionPipeline` is made of, from a published folder whose index was checked.
 
     Args:
+        network: what `open_part` takes for each network.
         image_size: side of the images in pixels; default: what the teacher was trained for.
-        settings: `text_encoder` and `text_tokenizer` in place of the folder's (None: without), and what
-            `from_pretrained` of each network takes, such as `torch_dtype` and `variant`.
+        given: arguments of the pipeline in place of these, such as `text_encoder` (None: without).
 
-    Raises ValueError where the index or a component's configuration names other classes than `CLASSES`.
+    Raises ValueError where a component's configuration names other classes than `CLASSES`.
     """
-    _check_index(DiffusionPipeline.load_config(name))
-    config = _load_config(name, "transformer")
-    _load_config(name, "vqvae")
-    given = {key: settings.pop(key) for key in ("text_encoder", "text_tokenizer") if key in settings}
-    vq = VQModel.from_pretrained(name, subfolder="vqvae", **settings)
+    config = _load_config(folder, "transformer")
+    _load_config(folder, "vqvae")
+    vq = open_part(VQModel, folder / "vqvae", **network)
     factor = 2 ** (len(vq.config.block_out_channels) - 1)
 
     denoiser: AmusedDenoiser | MeissonicTransformer
     if config["_class_name"] == "UVit2DModel":
-        transformer = UVit2DModel.from_pretrained(name, subfolder="transformer", **settings)
+        transformer = open_part(UVit2DModel, folder / "transformer", **network)
         side = transformer.config.sample_size if image_size is None else image_size // factor
         denoiser, defaults = AmusedDenoiser.wrap(transformer, (side, side)), AMUSED
     else:
         side = (64 if config["downsample"] else 32) if image_size is None else image_size // factor
-        denoiser = MeissonicTransformer.from_pretrained(
-            name, subfolder="transformer", token_grid=(side, side), **settings
-        )
+        denoiser = open_part(MeissonicTransformer, folder / "transformer", token_grid=(side, side), **network)
         defaults = MEISSONIC if config["downsample"] else MONETICO
 
     if "text_encoder" not in given:
-        given["text_encoder"] = CLIPTextModelWithProjection.from_pretrained(name, subfolder="text_encoder", **settings)
+        given["text_encoder"] = open_part(CLIPTextModelWithProjection, folder / "text_encoder", **network)
     if "text_tokenizer" not in given:
-        given["text_tokenizer"] = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+        given["text_tokenizer"] = open_part(CLIPTokenizer, folder / "tokenizer", **network)
     num_steps = min(int(defaults["num_inference_steps"]), side * side)
     return {
         "denoiser": denoiser.eval(),
@@ -78,14 +77,15 @@ def published_components(name: str | Path, image_size: int | None = None, **sett
     }
 
 
-def _check_index(index: dict[str, Any]) -> None:
+def check_published(index: dict[str, Any]) -> None:
+    """Raise ValueError where the index names other classes than `CLASSES`."""
     for component, entry in index.items():
         if not component.startswith("_") and isinstance(entry, list) and any(entry):
             _check_class("model_index.json", component, ".".join(map(str, entry)))
 
 
-def _load_config(name: str | Path, component: str) -> dict[str, Any]:
-    config = UVit2DModel.load_config(name, subfolder=component)  # as it would read any model's
+def _load_config(folder: Path, component: str) -> dict[str, Any]:
+    config = UVit2DModel.load_config(folder / component)  # as it would read any model's
     _check_class(f"{component}/config.json", component, f"diffusers.{config.get('_class_name')}")
     return config
 

@@ -55,7 +55,7 @@ class HaltonSampler(ScheduledSampler):
             num_revealed = (num_positions * share + 1e-4).floor().clamp(min=step + 1)
             now = block & (tokens == denoise.mask_token_id) & (turn < num_revealed[:, None])
             sampled, _ = draw(denoise(tokens, step / max(num_steps - 1, 1)), now, generator)
-            tokens = torch.where(now, sampled, tokens)
+            tokens = denoise.end_step(torch.where(now, sampled, tokens), num_steps - step - 1)
         return tokens
 
 

@@ -65,4 +65,5 @@ class MaskGITSampler(ScheduledSampler):
 
             num_reveal = masked.sum(-1) - scheduled_num_masked(num_positions, config.schedule, step, num_steps)
             tokens = torch.where(highest(score, masked, num_reveal), sampled, tokens)
+            tokens = denoise.end_step(tokens, num_steps - step - 1)
         return tokens

@@ -40,7 +40,9 @@ class ReMDMSampler(Sampler):
     def num_steps(self, num_inference_steps: int | None, length: int) -> int:
         num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         check_range("num_inference_steps", num_steps, 1)
-        return num_steps
+        if num_steps != int(num_steps):
+            raise ValueError(f"num_inference_steps={num_steps} must be whole")
+        return int(num_steps)
 
     def fill(
         self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
@@ -59,4 +61,5 @@ class ReMDMSampler(Sampler):
             reveal = masked & (uniform < reveal_probability)
             remask = block & ~masked & (uniform < remask_probability)
             tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, denoise.mask_token_id)
+            tokens = denoise.end_step(tokens, num_steps - step - 1)
         return tokens

@@ -57,7 +57,10 @@ class Sampler(SchedulerMixin, ConfigMixin):
     def fill(
         self, denoise: GuidedDenoiser, tokens: Tensor, block: Tensor, num_steps: int, generator: Generators
     ) -> Tensor:
-        """Fill in the `block` (B, L), positions that are all masked, in `num_steps` at most, or as few as they are."""
+        """Fill in the `block` (B, L), positions that are all masked, in `num_steps` at most, or as few as they are.
+
+        After each step goes on with what `denoise.end_step` gives for its tokens.
+        """
         raise NotImplementedError
 
 
@@ -66,12 +69,12 @@ class ScheduledSampler(Sampler):
 
     def num_steps(self, num_inference_steps: int | None, length: int) -> int:
         num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if not 1 <= num_steps <= length:
+        if not 1 <= num_steps <= length or num_steps != int(num_steps):
             raise ValueError(
-                f"num_inference_steps={num_steps} must be between 1 and {length}, the number of tokens: each step "
-                "reveals one at least"
+                f"num_inference_steps={num_steps} must be between 1 and {length}, the number of tokens, and whole: "
+                "each step reveals one at least"
             )
-        return num_steps
+        return int(num_steps)
 
 
 class AdaptiveSampler(Sampler):
@@ -101,6 +104,8 @@ class AdaptiveSampler(Sampler):
 
             filled = self.step(evaluate, tokens[rows], masked, select_generators(generator, rows))
             tokens = tokens.index_copy(0, rows, filled)
+            left = (block & (tokens == denoise.mask_token_id)).sum(-1).max()  # each step fills in one at least
+            tokens = denoise.end_step(tokens, int(left))
 
     def step(self, evaluate: Evaluate, tokens: Tensor, masked: Tensor, generator: Generators) -> Tensor:
         """Tokens (R, L) with at least one more of the `masked` (R, L) filled in, in each row.

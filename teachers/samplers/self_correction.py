@@ -77,6 +77,7 @@ class SelfCorrectionSampler(ScheduledSampler):
             sampled, sampled_probability = draw(logits, masked, generator)
             num_masked = scheduled_num_masked(num_positions, config.schedule, step, num_steps)
 
+            total, count = total.masked_fill(masked, 0), count.masked_fill(masked, 0)
             total[revealed] += log_probability(logits[revealed], tokens[revealed]).exp()
             count += revealed
             due = due + self.fraction(step, num_steps) * num_positions
@@ -95,7 +96,7 @@ class SelfCorrectionSampler(ScheduledSampler):
             num_reveal = masked.sum(-1) - num_masked + num_remask
             reveal = highest(sampled_probability.log() + noise, masked, num_reveal)
             tokens = torch.where(reveal, sampled, tokens).masked_fill(remask, denoise.mask_token_id)
-            total, count = total.masked_fill(remask, 0), count.masked_fill(remask, 0)
+            tokens = denoise.end_step(tokens, num_steps - step - 1)
         return tokens
 
     def fraction(self, step: int, num_steps: int) -> float:

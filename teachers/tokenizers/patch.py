@@ -42,6 +42,11 @@ class PatchTokenizer(ModelMixin, ConfigMixin):
         tokenizer.codebook.copy_(torch.from_numpy(kmeans.cluster_centers_))
         return tokenizer
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W of its images."""
+        return (self.config.num_channels, *self.config.image_size)
+
     def _patches(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, L, C * patch * patch)."""
         return F.pixel_unshuffle(images, self.config.patch_size).flatten(2).transpose(1, 2)

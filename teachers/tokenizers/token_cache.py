@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teachers.component import weights_digest
-from teachers.data import DataConfig, ImageData, open_dataset
+from teachers.data import DataConfig, ImageData
 from teachers.folder import new_file, new_folder
 from teachers.progress import progress_bar
 from teachers.randomness import to_device
 from teachers.shards import MappedRows, shards_of
 from teachers.sharing import each_once
+from teachers.sources.dataset import open_dataset
 from teachers.tokenizers.patch import PatchTokenizer
 from teachers.tokenizers.vq import VQTokenizer, use_of_counts
 
@@ -101,6 +102,7 @@ def _claim(
     source: dict[str, Any] = {
         "data": asdict(config),
         "num_images": len(data),
+        "fingerprint": data.fingerprint,
         "shard_size": shard_size,
         "weights": weights_digest(tokenizer),
     }
@@ -111,10 +113,15 @@ def _claim(
         with new_file(path) as staging:
             staging.write_text(json.dumps(source))
     known = json.loads((folder / SOURCE).read_text())
-    if isinstance(known["weights"], float):  # of the time before digests: taken on trust
+    # What folders of earlier versions do not say is taken on trust; settings that they lack were the usual ones.
+    if isinstance(known["weights"], float):
         known["weights"] = source["weights"]
+    known = {"fingerprint": source["fingerprint"], **known, "data": asdict(DataConfig()) | known["data"]}
     if known != source:
-        raise ValueError(f"{folder} holds tokens of other images or of another tokenizer; name another folder")
+        raise ValueError(
+            f"{folder} holds tokens of other images, or of files that have changed since, or of another tokenizer; "
+            "name another folder"
+        )
     for path in each_once([folder / "tokenizer"]):
         with new_folder(path, shared=True) as staging:
             tokenizer.save_pretrained(staging)

@@ -51,6 +51,11 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """(V, E)."""
         return self.vq.quantize.embedding.weight
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W of its images."""
+        return (self.vq.config.out_channels, *self.config.image_size)
+
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> latents (B, L, E)."""
         images = images if self.config.unit_range else 2 * images - 1

@@ -277,6 +277,46 @@ def test_a_fault_on_one_process_keeps_all_from_the_step(tmp_path, environment):
 
 
 @pytest.mark.usefixtures("saved_teacher")
+def test_an_evaluation_that_fails_on_one_process_costs_neither_a_step(tmp_path):
+    environment = {"RANK_AT_FAULT": "1", "FAULTY_EVALUATIONS": "[4, 8]"}
+    settings = ["monitor.name=digits", "training.evaluate_every=2"]
+    script = ROOT / "tests" / "distributed" / "faulty.py"
+    status, output = finish(launch(tmp_path, "run", *settings, environment=environment, script=script))
+    assert status == 0, output
+    assert output.count("failed: it has no images") == 2
+    assert [line["step"] for line in metrics(tmp_path, "run") if "fd" in line] == [0, 2, 6]
+    assert state(tmp_path, "run", step=8)
+
+
+COUNT = "from distill.loop.launch import run_processes\nrun_processes(lambda: print('process', flush=True))"
+
+
+def test_processes_are_as_many_as_the_launcher_s_file_or_command_line_says(tmp_path):
+    (tmp_path / "count.py").write_text(COUNT)
+    (tmp_path / "hub" / "accelerate").mkdir(parents=True)
+    file = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_machines: 1\n"
+    (tmp_path / "two.yaml").write_text(file + "num_processes: 2\n")
+    (tmp_path / "hub" / "accelerate" / "default_config.yaml").write_text(file + "num_processes: 3\n")
+    named, launcher = ["--config_file", str(tmp_path / "two.yaml")], ["-m", "accelerate.commands.launch"]
+    runs = {}
+    for expected, before in [
+        (2, [*launcher, *named]),
+        (3, launcher),  # the default file
+        (1, [*launcher, *named, "--num_processes", "1"]),
+        (1, [*launcher, "--cpu"]),  # the launcher leaves the default file unread then
+        (1, []),  # nobody was asked for anything
+    ]:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {} if before else {"ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, *before, str(tmp_path / "count.py"), "--num_processes", "4"]  # the script's own
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        runs[process] = expected
+    for process, expected in runs.items():
+        output, errors = process.communicate(timeout=300)
+        assert output.split() == ["process"] * expected, errors
+
+
+@pytest.mark.usefixtures("saved_teacher")
 def test_a_mistake_is_one_line_and_loses_nothing(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import datasets
+import PIL.Image
 import pytest
 import torch
 from tiny_text import amused_folder
@@ -9,7 +11,7 @@ from transformers import CLIPModel, CLIPProcessor
 from distill.config import load_config
 from distill.jobs.clip import CLIPJob, train_clip
 from eval.clip_score import ClipFeatures, clip_score, draw_others, retrieval_accuracy
-from eval.monitor import SampleMonitor
+from eval.monitor import RetrievalMonitor, SampleMonitor
 from teachers import MaskedDiffusionPipeline
 from teachers.conditions.prompts import Prompts
 from teachers.data import DataConfig, load_data
@@ -114,6 +116,22 @@ def test_captions_in_use_alone_are_embedded_each_once(clip_folder):
     assert seen == [2]
     assert measured["clip_score"] == pytest.approx(1, abs=1e-6)
     assert measured["retrieval_accuracy"] == 1  # a caption is no rival of itself
+
+
+def test_pairs_to_retrieve_may_be_of_any_size(clip_folder, pictures, tmp_path):
+    """And of a single one there is nothing to tell apart."""
+    clip, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    for num_pairs in (3, 1):
+        images = [PIL.Image.new("RGB", (20 + number, 16)) for number in range(num_pairs)]
+        rows = datasets.Dataset.from_dict(
+            {"image": images, "text": ["a red square", "a green bar", "a cross"][:num_pairs]}
+        )
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{num_pairs}.parquet")
+        data = DataConfig(
+            name=str(tmp_path / f"{num_pairs}.parquet"), text_column="text", label_column="", num_channels=3
+        )
+        measures = RetrievalMonitor(data)(clip, processor, 0)
+        assert bool(measures) == (num_pairs > 1)
 
 
 def test_a_clip_scores_samples_of_prompts_without_real_images(clip_folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tiny_text import amused_folder
@@ -57,6 +58,29 @@ def test_from_measurements_to_the_report(comparison, teacher, digits, tmp_path):
     }
 
 
+def test_too_few_images_are_said_before_any_is_made(comparison, teacher, digits, monkeypatch):
+    monkeypatch.setattr("eval.tuning.generate_features", lambda *given, **settings: pytest.fail("images were made"))
+    with pytest.raises(ValueError, match="there are 3 real images"):
+        comparison.measure_teacher(teacher, Reference(Pixels(), Pixels()(digits[:3]), "3 digits"))
+    for few in ({"num_tuning_images": 1}, {"num_report_images": 3}):
+        comparison.grid = replace(GRID, **few)
+        with pytest.raises(ValueError, match="what is measured needs at least"):
+            comparison.measure_teacher(teacher, Reference(Pixels(), Pixels()(digits), "297 digits"))
+
+
+def test_a_classifier_is_taken_over_whole(comparison, tmp_path, monkeypatch):
+    (tmp_path / "run" / "classifier").mkdir(parents=True)
+
+    def copy(source, folder, **settings):
+        (folder / "half").touch()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    with pytest.raises(OSError, match="no space"):
+        comparison.take_over(tmp_path / "run")
+    assert not comparison.classifier.exists()
+
+
 def test_what_another_run_measured_is_taken_over_if_it_was_as_careful(comparison, tmp_path):
     for name, grid in [("same", GRID), ("coarser", Grid((1.0,), (1.0,), (1,), 20, 30))]:
         run = tmp_path / name
@@ -88,7 +112,7 @@ def test_captions_are_measured_on_the_test_split_by_a_clip(pictures, clip_folder
     )  # fmt: skip
     about = DataConfig(name=str(folder), text_column="text", label_column="", num_channels=3)
     comparison = CaptionComparison(tmp_path, about, GRID, seed=0, scoring_clip=clip_folder)
-    reference = comparison.reference()
+    reference = comparison.reference(teacher)
     assert comparison.prompts() == data.texts[:10]
     comparison.measure_teacher(teacher, reference)
     comparison.measure(teacher, student, reference)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from eval.distances import Gaussian, frechet_distance, kernel_distance, precision_recall
+from eval.distances import Gaussian, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
 def random_covariance(size, seed, rank=None):
@@ -83,6 +83,25 @@ def test_precision_and_recall_of_known_sets():
     assert collapsed["precision"] == 1
     assert collapsed["recall"] <= 0.05
     assert collapsed["coverage"] <= 0.4
+
+
+@pytest.mark.parametrize(("least", "measure"), [(2, kernel_distance), (4, precision_recall)])
+def test_the_least_number_of_samples_is_said(least, measure):
+    enough, few = torch.rand(least, 3), torch.rand(least - 1, 3)
+    values = measure(enough, enough)
+    assert all(map(math.isfinite, values.values() if isinstance(values, dict) else [values]))
+    for first, second in [(few, enough), (enough, few)]:
+        with pytest.raises(ValueError, match=f"there are {least - 1} .* at least {least}"):
+            measure(first, second)
+
+
+def test_an_inception_score_has_as_many_splits_as_it_says():
+    """Of 11 images ten parts, as of 10; not the six of two that a split into equal parts would make."""
+    probabilities = torch.eye(11)
+    assert inception_score(probabilities[:10]) == pytest.approx(1)  # one image a part: the part is certain of itself
+    assert inception_score(probabilities) == pytest.approx((9 * 1 + 2) / 10)
+    with pytest.raises(ValueError, match="at least 10"):
+        inception_score(probabilities[:9])
 
 
 def test_density_counts_the_balls():

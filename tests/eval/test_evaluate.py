@@ -138,7 +138,7 @@ def test_a_classifier_of_many_images_reads_those_that_are_drawn():
             read.append(len(numbers))
             return [torch.full((1, 8, 8), number % 2 / 2) for number in numbers]
 
-    data = ImageData(Rows(), labels, ["dark", "light"], None, lambda row: row)
+    data = ImageData(Rows(), labels, ["dark", "light"], None, lambda row: row, "two shades")
     _, accuracy = train_classifier(data, data.subset(range(100)), num_steps=20, batch_size=16)
     assert accuracy == 1
     assert sum(read) < 1000
@@ -253,7 +253,7 @@ def test_the_monitor_measures_where_the_pipeline_is(teacher, tmp_path, monkeypat
     """Features on the pipeline's device, and as many heartbeats as batches of 1,000 images."""
     devices, beats = [], []
 
-    def make(data, folder, device):
+    def make(data, folder, device, class_names):
         devices.append(device)
         return Watch()
 

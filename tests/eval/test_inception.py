@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from tiny_text import amused_folder
@@ -12,6 +14,7 @@ from eval import imagenet, inception
 from eval.distances import Gaussian, frechet_distance, inception_score
 from eval.evaluate import generate, generate_features
 from eval.real import describe, embed
+from teachers import MaskedDiffusionPipeline
 from teachers.data import DataConfig, load_data
 from teachers.folder import file_digest
 
@@ -169,21 +172,47 @@ def test_fid_of_few_images_is_refused(evaluate, command, weights):
     assert {"fid", "kid"} <= json.loads(last).keys()
 
 
-def test_fid_of_captions_says_which_real_images_it_is_against(command, weights, clip_folder, tmp_path):
+def test_fid_of_captions_says_which_real_images_it_is_against(command, weights, clip_folder, pictures, tmp_path):
     amused_folder(tmp_path / "amused")
     (tmp_path / "captions.txt").write_text("a red square\na green bar\n")
     arguments = ["--captions", "name=captions.txt", "--clip", clip_folder, "--output", "out", "--num-images", 5]
-    arguments += ["--num-inference-steps", 1, "--real-images", "name=digits", "split=test"]
+    arguments += ["--num-inference-steps", 1, "--real-images", f"name={pictures}", "split=train"]
     arguments += ["--inception-path", weights, "--few-images"]
     status, last, errors = command("evaluate_text.py", "amused", *arguments)
     assert status == 0, errors
     result = json.loads(last)
     assert result["fid"] > 0
-    digests = embed(lambda images: images.flatten(1), load_data(DataConfig(split="test")))["digests"]
-    assert result["protocol"]["reference"] == describe("name=digits split=test", digests)
+    size = MaskedDiffusionPipeline.from_pretrained(tmp_path / "amused").tokenizer.config.image_size[0]
+    data = load_data(DataConfig(name=str(pictures), label_column="", image_size=size, num_channels=3))
+    digests = embed(lambda images: images.flatten(1), data)["digests"]
+    assert result["protocol"]["reference"] == describe(f"name={pictures} split=train", digests)
+
+
+def test_real_images_of_captions_are_read_as_those_that_are_made(command, weights, clip_folder, tmp_path):
+    """Of any size; and what contradicts the pipeline is said before an image is made."""
+    amused_folder(tmp_path / "amused")
+    height, width = MaskedDiffusionPipeline.from_pretrained(tmp_path / "amused").tokenizer.config.image_size
+    (tmp_path / "captions.txt").write_text("a red square\na green bar\n")
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        PIL.Image.new("RGB", (20 + number, 30 - number), (0, 0, 40 * number)).save(
+            tmp_path / "photos" / f"{number}.png"
+        )
+    arguments = ["--captions", "name=captions.txt", "--clip", clip_folder, "--num-images", 2, "--few-images"]
+    arguments += ["--num-inference-steps", 1, "--inception-path", weights, "--real-images", "name=photos"]
+    status, _, errors = command("evaluate_text.py", "amused", *arguments, "image_size=12", "--output", "twelve")
+    assert (status, f"read as 12x12 in colour, where images of {height}x{width}" in errors) == (2, True), errors
+    assert not Path("twelve").exists()
+    status, last, errors = command("evaluate_text.py", "amused", *arguments, "--output", "out")
+    assert status == 0, errors
+    assert json.loads(last)["protocol"]["data"]["image_size"] == height
+    status, _, errors = command("evaluate_text.py", "amused", *arguments, "--num-images", 1, "--output", "one")
+    assert (status, "there are 1 generated images" in errors) == (2, True), errors
 
 
 def test_mistakes_are_one_line(evaluate, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "empty.npz", other=np.zeros(3))
     np.savez(tmp_path / "pickled.npz", mu=np.array([print]), sigma=np.zeros((1, 1)))
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -194,6 +223,9 @@ def test_mistakes_are_one_line(evaluate, tmp_path):
         ({"statistics": "pickled.npz"}, "not an .npz file of plain arrays"),
         ({"statistics": "text.npz"}, "not an .npz file of plain arrays"),
         ({"real_images": "statistics.npz"}, "no arr_0"),
+        ({"real_images": "large.npz"}, "images of 16x16, and the pipeline makes images of 8x8"),
+        ({"real_images": "three.npz"}, "there are 3 real images; what is measured needs at least 4"),
+        ({"num_images": 9}, "there are 9 generated images; what is measured needs at least 10"),
         ({"statistics": "small.npz"}, "sigma (3, 3); expected statistics of the 2048 features"),
     ]:
         status, _, errors = evaluate("--few-images", output=f"out-{len(message)}", **changes)

@@ -36,6 +36,23 @@ def test_one_evaluation_makes_the_images(student):
     assert (output.tokens < student.codebook_size).all()
 
 
+def test_it_is_called_like_a_teacher_of_one_step(student):
+    plain = student([3, 7], generator=torch.Generator().manual_seed(0)).tokens
+    like = student([3, 7], num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).tokens
+    assert torch.equal(plain, like)
+    for asked, message in [
+        ({"num_inference_steps": 8}, "num_inference_steps=8: a one-step student takes one step"),
+        ({"guidance_scale": 2.0}, "guidance is distilled into"),
+        ({"negative_prompt": "blurry"}, "negative_prompt is for teachers"),
+        ({"callback_on_step_end": print}, "callback_on_step_end is for teachers"),
+        ({"negative_prompt_embeds": torch.zeros(1, 16)}, "negative_prompt_embeds is for teachers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            student([3, 7], **asked)
+    with pytest.raises(TypeError, match="heigth"):
+        student([3, 7], heigth=8)
+
+
 def test_an_image_does_not_depend_on_its_batch(student):
     whole = student([1, 2, 3], generator=sample_generators(0, places=range(3)), output_type="tokens").tokens
     alone = student([3], generator=sample_generators(0, places=[2]), output_type="tokens").tokens

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachers.corruption import MASK_SCHEDULES, corrupt, random_mask, scheduled_mask_ratio
+from teachers.corruption import MASK_SCHEDULES, corrupt, random_mask, random_region, scheduled_mask_ratio
+from teachers.randomness import sample_generators
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 2**32))
@@ -62,3 +63,33 @@ def test_with_probabilities_nothing_may_be_masked():
     corrupted, positions = corrupt(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4), 9)
     assert len(positions) == 0
     assert (corrupted == 0).all()
+
+
+def test_what_stays_is_not_masked():
+    tokens, stays = torch.randint(0, 9, (6, 12)), torch.rand(6, 12) < 0.5
+    corrupted, positions = corrupt(tokens, torch.ones(6), 9, None, stays)
+    assert torch.equal(corrupted == 9, ~stays)
+    assert torch.equal(positions, (~stays).flatten().nonzero()[:, 0])
+
+
+def test_regions_are_scattered_or_rectangles_or_all_around_one():
+    height, width = 5, 7
+    regions = random_region((height, width), sample_generators(0, places=range(4000)))
+    assert (regions.sum(-1) > 0).float().mean() > 0.97  # but around a rectangle that is the whole grid
+    grid = regions.unflatten(1, (height, width))
+
+    def is_rectangle(cells):
+        rows, columns = cells.any(2), cells.any(1)
+        return (rows[:, :, None] & columns[:, None, :] == cells).all((1, 2)) & _is_run(rows) & _is_run(columns)
+
+    inside, around = is_rectangle(grid), is_rectangle(~grid) & ~is_rectangle(grid)
+    assert inside.float().mean().item() == pytest.approx(0.25, abs=0.12)  # and of the scattered ones a few
+    assert around.float().mean().item() == pytest.approx(0.25, abs=0.12)
+    known = regions.float().mean(0)
+    assert known.max() - known.min() < 0.15  # no place is nearly always known, or never
+    assert regions.sum(-1).unique().numel() == height * width + 1
+
+
+def _is_run(line):
+    """Whether the True of each row of (B, N) follow each other without a gap."""
+    return (line.int().diff(dim=1, prepend=torch.zeros(len(line), 1, dtype=torch.int)) == 1).sum(1) <= 1

@@ -1,10 +1,11 @@
+from dataclasses import replace
+
 import datasets
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from teachers.data import DataConfig, image_to_tensor, load_data
+from teachers.data import DataConfig, load_data
 
 
 def test_digits_are_split_without_overlap():
@@ -103,10 +104,107 @@ def test_holding_out(colours, tmp_path):
             assert label == expected_label
 
 
-def test_the_centre_square_is_kept():
-    pixels = np.zeros((4, 8), dtype=np.uint8)
-    pixels[:, 2:6] = 255
-    assert (image_to_tensor(PIL.Image.fromarray(pixels), size=4, num_channels=1) == 1).all()
+@pytest.mark.parametrize(("num_images", "share", "expected"), [(5, 0.1, 1), (2, 0.9, 1), (6, 0.5, 3)])
+def test_something_is_held_out_and_something_kept(colours, tmp_path, num_images, share, expected):
+    colours.select(range(num_images)).to_parquet(tmp_path / "train.parquet")
+    data = load_data(DataConfig(name=str(tmp_path), num_channels=3, **COLUMNS))
+    kept, held_out = data.hold_out(share)
+    assert (len(kept), len(held_out)) == (num_images - expected, expected)
+    with pytest.raises(ValueError, match="at least 2"):
+        data.subset([0]).hold_out(share)
+
+
+def images_in(folder, *images, **columns):
+    """A configuration of a parquet file of these images, None where there is none."""
+    features = {"image": datasets.Image(), **{name: datasets.Value("string") for name in columns}}
+    rows = datasets.Dataset.from_dict({"image": list(images), **columns}, features=datasets.Features(features))
+    rows.to_parquet(folder / "train.parquet")
+    return DataConfig(name=str(folder), label_column="label" if columns else "")
+
+
+GREY, WIDE = PIL.Image.new("L", (4, 4), 9), PIL.Image.new("L", (6, 5), 9)
+
+
+def test_images_of_several_sizes_are_named_with_the_setting_that_makes_them_one(tmp_path):
+    config = images_in(tmp_path, GREY, GREY, GREY, WIDE)
+    data = load_data(config)
+    for read in (lambda: data.images(), lambda: data[3], lambda: data.subset([3]).images()):
+        with pytest.raises(ValueError, match=r"image 3 is of 6x5 pixels, and image 0 of 4x4.*data\.image_size"):
+            read()
+    assert load_data(replace(config, image_size=4)).images().shape == (4, 1, 4, 4)
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    data = load_data(images_in(tmp_path, GREY, GREY, None, GREY))
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^image 2 cannot be read: .*none$"):
+            list(data.batches(num_workers=num_workers))
+    with pytest.raises(ValueError, match="image 2 cannot be read"):
+        data.subset([3, 1, 2]).__getitems__([0, 2])
+
+
+def test_an_image_of_a_folder_is_named_by_its_file(tmp_path):
+    GREY.save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"image 1 cannot be read: .*1\.png"):
+        load_data(DataConfig(name=str(tmp_path), label_column="")).images()
+
+
+def test_images_without_a_label_are_refused_or_left_out(tmp_path):
+    shades = [PIL.Image.new("L", (4, 4), shade) for shade in range(4)]
+    config = images_in(tmp_path, *shades, label=[None, "b", None, "a"], text=["k", "l", "m", "n"])
+    with pytest.raises(ValueError, match=r"2 of 4 rows .* the first is row 0; data\.drop_unlabelled=true"):
+        load_data(config)
+    data = load_data(replace(config, drop_unlabelled=True, text_column="text"))
+    assert (data.labels.tolist(), data.class_names, data.texts) == ([1, 0], ["a", "b"], ["l", "n"])
+    assert (255 * data.images()[:, 0, 0, 0]).tolist() == [1, 3]
+    assert data.subset([1]).texts == ["n"]
+    with pytest.raises(ValueError, match="no images"):
+        load_data(replace(images_in(tmp_path, GREY, label=[None]), drop_unlabelled=True))
+
+
+def test_a_split_that_lacks_a_class_has_the_numbers_of_the_training(tmp_path):
+    for split, label in [("train", ["cat", "dog", "owl"]), ("test", ["owl", "dog", "owl"])]:
+        images_in(tmp_path, GREY, GREY, GREY, label=label)
+        (tmp_path / "train.parquet").rename(tmp_path / f"{split}-00000.parquet")
+    trained = load_data(DataConfig(name=str(tmp_path)))
+    config = DataConfig(name=str(tmp_path), split="test")
+    assert load_data(config).labels.tolist() == [1, 0, 1]
+    data = load_data(config, trained.class_names)
+    assert (data.labels.tolist(), data.class_names) == ([2, 1, 2], ["cat", "dog", "owl"])
+    with pytest.raises(ValueError, match="owl, that are not among"):
+        load_data(config, ["cat", "dog"])
+    assert (
+        load_data(DataConfig(), [*"9876543210"]).labels[:50].tolist()
+        == (9 - load_data(DataConfig()).labels[:50]).tolist()
+    )
+
+
+def test_a_column_that_holds_no_images_is_named(tmp_path):
+    datasets.Dataset.from_dict({"number": [3]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"'number' .* does not hold images"):
+        load_data(DataConfig(name=str(tmp_path), image_column="number", label_column=""))
+
+
+def test_a_fingerprint_is_of_what_is_learnt_from(tmp_path):
+    def fingerprint(*images, class_names=None, label=("a", "b")):
+        config = images_in(tmp_path, *images, label=list(label))
+        return load_data(config, class_names).fingerprint
+
+    first = fingerprint(GREY, GREY)
+    assert load_data(DataConfig(name=str(tmp_path))).fingerprint == first
+    others = [
+        fingerprint(GREY, GREY, class_names=["b", "a"]),
+        fingerprint(GREY, WIDE),
+        fingerprint(GREY, GREY, label="ba"),
+    ]
+    digits = load_data(DataConfig())
+    others += [
+        part.fingerprint for part in (digits, digits.subset([1, 2]), digits.subset([2, 1]), *digits.hold_out(0.5))
+    ]
+    others += [load_data(DataConfig(split="test")).fingerprint, load_data(DataConfig(label_column="")).fingerprint]
+    assert len({first, *others}) == 1 + len(others)
+    assert load_data(DataConfig()).hold_out(0.5)[0].fingerprint == digits.hold_out(0.5)[0].fingerprint
 
 
 @pytest.mark.parametrize(

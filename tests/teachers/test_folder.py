@@ -30,6 +30,17 @@ def test_after_an_error_all_is_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_that_replaces_another_does_so_as_a_whole(tmp_path):
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "kept", replaces=True) as staging:
+            (staging / "parts").mkdir()
+            (staging / "parts" / content).touch()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "kept", replaces=True) as staging:
+        fail_half_way(staging / "weights")
+    assert [path.name for path in (tmp_path / "kept").rglob("*")] == ["parts", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_of_a_shared_folder_the_first_stays(tmp_path):
     """Where there are no locks two processes may make the same one."""
     output = tmp_path / "made"

@@ -61,3 +61,9 @@ def test_a_sampler_gets_the_logits_that_are_drawn_from_and_each_row_is_counted(t
     assert (kept.sum(-1) == 3).all()
     torch.testing.assert_close(logits[kept], expected[kept])
     assert denoise.nfe.tolist() == [2, 0, 2]
+
+
+def test_logits_that_cannot_be_shaped_are_refused_at_once(teacher):
+    for shape in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(shape))}="):
+            GuidedDenoiser(teacher.denoiser, teacher.encode_condition([3]), **shape)

@@ -22,7 +22,7 @@ def launched(monkeypatch):
             for result in ("tokenizer", "pipeline", "clip"):
                 (output / result).mkdir(parents=True, exist_ok=True)
 
-    def encode(command, check):
+    def encode(command):
         calls["cache_tokens.py", "tokens"] = command[2:]
         folder = Path(command[command.index("--output") + 1])
         folder.mkdir()
@@ -33,7 +33,7 @@ def launched(monkeypatch):
             num_steps = 7
 
     monkeypatch.setattr(recipe_module, "launch", launch)
-    monkeypatch.setattr(recipe_module.subprocess, "run", encode)
+    monkeypatch.setattr(recipe_module, "call", encode)
     monkeypatch.setattr(recipe_module, "load_student", lambda run: (None, Job, 3 if "half" in interrupted else 7))
     calls["interrupted"] = interrupted
     return calls

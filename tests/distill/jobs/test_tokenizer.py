@@ -74,6 +74,19 @@ def test_a_collapsed_codebook_stops_the_training_with_advice(digits):
     assert steps == [0, 75]
 
 
+@pytest.mark.usefixtures("in_tmp_path")
+def test_what_is_learnt_is_kept_though_it_cannot_be_measured():
+    def monitor(tokenizer, step):
+        if step:
+            raise RuntimeError("the picture does not come out")
+        return {"perplexity": 32.0}
+
+    settings = [*SETTINGS, "training.num_steps=2", "data.split='train[:30]'", "training.batch_size=8"]
+    assert train_tokenizer(load_config(TokenizerJob, overrides=settings), monitor)
+    images = load_data(DataConfig(split="test")).images()
+    assert VQTokenizer.from_pretrained("run/tokenizer").encode(images).shape == (297, 16)
+
+
 def test_wrong_settings_are_named():
     for override, message in [
         ("network.widths=[8, 12]", "multiples of num_groups"),

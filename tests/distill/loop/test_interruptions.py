@@ -9,7 +9,7 @@ import torch
 from student_runs import furthest
 
 from distill.loop import trainer as trainer_module
-from distill.loop.signals import StopRequest
+from distill.loop.signals import Hopeless, StopRequest
 from distill.methods.dimo import DiMO
 
 
@@ -204,3 +204,39 @@ def test_a_request_that_comes_while_processes_agree_is_not_lost(monkeypatch, tmp
     stop = StopRequest(tmp_path)
     assert not stop.is_made()
     assert stop.is_made()
+
+
+def failing_from(step):
+    def monitor(pipeline, conditions, now, heartbeat):
+        if now >= step:
+            raise RuntimeError("it cannot be measured")
+        return {"fd": 1.0}
+
+    return monitor
+
+
+def test_an_evaluation_that_fails_costs_no_step(run, caplog):
+    whole, _, _ = run("whole")
+    weights, lines, step = run("run", "training.evaluate_every=2", monitor=failing_from(4))
+    assert (furthest(whole, weights), step) == (0, 6)
+    assert [line["step"] for line in lines if "fd" in line] == [0, 2]
+    assert [record.message[:24] for record in caplog.records] == [
+        f"the evaluation of step {step}" for step in (4, 6)
+    ]  # of the last step too, whose checkpoint is there
+
+
+def test_one_that_fails_at_the_start_ends_the_run_before_its_first_step(run, tmp_path):
+    with pytest.raises(RuntimeError, match="cannot be measured"):
+        run("run", "training.evaluate_every=2", monitor=failing_from(0))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_evaluation_may_find_that_going_on_is_no_use(run, tmp_path):
+    def monitor(pipeline, conditions, step, heartbeat):
+        if step == 4:
+            raise Hopeless("nothing is left")
+        return {}
+
+    with pytest.raises(Hopeless):
+        run("run", "training.evaluate_every=2", "training.checkpoint_every=2", monitor=monitor)
+    assert (tmp_path / "run" / "checkpoints" / "step-000004").exists()

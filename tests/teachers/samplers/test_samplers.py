@@ -14,6 +14,7 @@ from teachers import (
 )
 from teachers.guidance import GuidedDenoiser
 from teachers.randomness import sample_generators
+from teachers.samplers.sampler import AdaptiveSampler
 
 ALL_SAMPLERS = [
     MaskGITSampler(4, order="confidence"),
@@ -83,6 +84,30 @@ def test_known_tokens_stay_and_samples_with_fewer_masks_are_finished_too(teacher
 
 
 @all_samplers()
+def test_each_step_ends_where_tokens_may_be_put_in_the_place_of_others(teacher, sampler):
+    """A callback keeps one position as it wants it, and hides all others again after the first step."""
+    teacher.sampler = sampler
+    inputs, lefts = [], []
+    teacher.denoiser.register_forward_hook(lambda module, arguments, logits: inputs.append(arguments[0]))
+
+    def callback(pipe, step, left, tensors):
+        lefts.append(left)
+        chosen = tensors["latents"].masked_fill(torch.tensor(step == 0), 16)
+        chosen[:, 5] = 9
+        return {"latents": chosen}
+
+    tokens = teacher([1, 5, 9], callback_on_step_end=callback, output_type="tokens").tokens
+    assert (tokens < 16).all()
+    assert (tokens[:, 5] == 9).all()
+    first = next(number for number, seen in enumerate(inputs) if (seen[:, 5] == 9).all())
+    assert any((seen[:, :5] == 16).all() for seen in inputs[first:])  # the network has seen what the callback chose
+    assert lefts[-1] == 0
+    if not isinstance(sampler, AdaptiveSampler):
+        num_steps = sampler.num_steps(None, 16)
+        assert lefts == list(reversed(range(num_steps)))
+
+
+@all_samplers()
 def test_blocks_are_filled_in_from_left_to_right(sampler):
     denoise = Recorder(torch.randn(16, 9, generator=torch.Generator().manual_seed(0)), num_samples=2)
     tokens = masks(denoise, 16)
@@ -140,6 +165,8 @@ def test_settings_that_make_no_sense_are_refused(make, message):
 
 def test_steps_and_lengths_that_do_not_fit_are_refused(teacher):
     for sampler, settings, message in [
+        (MaskGITSampler(), {"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be .*whole"),
+        (ReMDMSampler(), {"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be .*whole"),
         (MaskGITSampler(), {"num_inference_steps": 17}, "num_inference_steps=17 must be between 1 and 16"),
         (HaltonSampler((4, 4)), {}, "num_inference_steps=32 must be between 1 and 16"),
         (SelfCorrectionSampler(), {"num_inference_steps": 0}, "num_inference_steps=0"),

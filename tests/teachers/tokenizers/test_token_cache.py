@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import datasets
@@ -146,3 +147,28 @@ def test_a_cache_is_not_mixed_with_another(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="not empty"):
         write_token_cache(tmp_path / "other", tokenizer, DIGITS, load_data(DIGITS))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["precious"]
+
+
+def test_a_cache_of_files_that_have_changed_is_not_gone_on_with(tokenizer, captioned, tmp_path):
+    folder = tmp_path / "tokens"
+    write_token_cache(folder, tokenizer, captioned, load_data(captioned))
+    again = Counting(tokenizer)
+    write_token_cache(folder, again, captioned, load_data(captioned))
+    assert again.num_encoded == 0
+    rows = datasets.load_dataset("parquet", data_files=captioned.name, split="train")
+    rows.select(range(9, -1, -1)).to_parquet(captioned.name)  # as many images of the same settings
+    with pytest.raises(ValueError, match="changed since"):
+        write_token_cache(folder, tokenizer, captioned, load_data(captioned))
+
+
+def test_a_cache_of_before_there_were_fingerprints_is_taken_on_trust(tokenizer, tmp_path):
+    folder, data = tmp_path / "tokens", load_data(DIGITS)
+    write_token_cache(folder, tokenizer, DIGITS, data)
+    source = json.loads((folder / "source.json").read_text())
+    del source["fingerprint"], source["data"]["background"], source["data"]["drop_unlabelled"]
+    (folder / "source.json").write_text(json.dumps(source))
+    again = Counting(tokenizer)
+    write_token_cache(folder, again, DIGITS, data)
+    assert again.num_encoded == 0
+    with pytest.raises(ValueError, match="of other images"):
+        write_token_cache(folder, again, replace(DIGITS, background="black"), data)

@@ -1,0 +1,104 @@
+"""How well a pipeline completes real images of which it is shown a part.
+
+Shapes: N images, C channels, H x W pixels; a mask is True where they are hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from eval.evaluate import Reference, batch_size_for
+from eval.tuning import REPORT_SEED, TUNING_SEED
+from students.export import image_grid
+from teachers.inpainting import hide
+from teachers.pipeline import TokenPipeline
+from teachers.progress import progress_bar
+from teachers.randomness import sample_generators
+
+HIDDEN = ("right half", "centre")
+NUM_SHOWN = 12  # images in a picture
+
+
+def hidden(what: str, height: int, width: int) -> torch.Tensor:
+    """The mask (1, 1, H, W) of the right half, or of the centre, half as high and wide as the image."""
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    if what == "right half":
+        mask[..., width // 2 :] = True
+    else:
+        mask[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+    return mask
+
+
+@torch.no_grad()
+def complete(
+    pipeline: TokenPipeline,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    seed: int = 0,
+    description: str | None = None,
+    **settings,
+) -> tuple[torch.Tensor, float]:
+    """Images (N, C, H, W) whose hidden part is the pipeline's, and the evaluations that each took.
+
+    Each has a generator of its own, a function of the seed and its number.
+    """
+    made, evaluations = [], 0.0
+    numbers = torch.arange(len(images)).split(batch_size_for(pipeline))
+    for part in progress_bar(numbers, desc=description, disable=description is None, unit="batch", leave=False):
+        output = pipeline.inpaint(
+            images[part],
+            mask.expand(len(part), -1, -1, -1),
+            condition=pipeline.encode_condition(labels[part]) if pipeline.condition_kind == "classes" else None,
+            batch_size=len(part) if pipeline.condition_kind == "none" else None,
+            generator=sample_generators("complete", seed, places=part.tolist()),
+            output_type="pt",
+            **settings,
+        )
+        made.append(output.images.float().cpu())
+        evaluations += output.nfe * len(part)
+    return torch.cat(made), evaluations / len(images)
+
+
+def seam(images: torch.Tensor, mask: torch.Tensor) -> float:
+    """The mean difference of neighbouring pixels of images (N, C, H, W) of which one is under the mask and one not."""
+    steps = []
+    for axis in (-1, -2):
+        crosses = mask.int().diff(dim=axis) != 0
+        steps.append(images.diff(dim=axis).abs()[crosses.expand(len(images), images.shape[1], -1, -1)])
+    return torch.cat(steps).mean().item()
+
+
+def measure_completion(
+    pipeline: TokenPipeline,
+    candidates: list[dict[str, Any]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    reference: Reference,
+    num_tuning_images: int,
+    name: str,
+) -> dict[str, Any]:
+    """The settings with the lowest Fréchet distance on some of the images, measured on all of them on another draw.
+
+    Returns {"settings", "nfe", the reference's measures ..., "seam"}.
+    """
+    distance, _ = reference.features.distance_names
+    tried = []
+    for number, settings in enumerate(candidates if len(candidates) > 1 else ()):
+        description = f"{name}: tuning {number + 1}/{len(candidates)}"
+        some = slice(num_tuning_images)
+        made, _ = complete(pipeline, images[some], labels[some], mask, TUNING_SEED, description, **settings)
+        tried.append(reference.judge(reference.features(made), labels[some])[distance])
+    best = candidates[tried.index(min(tried))] if tried else candidates[0]
+    made, nfe = complete(pipeline, images, labels, mask, REPORT_SEED, f"{name}: measuring", **best)
+    measures = reference.measure(reference.features(made), labels)
+    return {"settings": best, "nfe": nfe, **measures, "seam": seam(made, mask)}
+
+
+def completion_picture(images: torch.Tensor, mask: torch.Tensor, completions: list[torch.Tensor]):
+    """A column for each image: as it is, what is shown of it, and what each of the pipelines made of that."""
+    shown = [images, hide(images, mask), *completions]
+    return image_grid(torch.cat([part[:NUM_SHOWN] for part in shown]), min(NUM_SHOWN, len(images)))

@@ -1,0 +1,75 @@
+"""The pixels of an image as numbers in [0, 1], whatever it was saved as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageColor
+import torch
+
+# Modes of grey levels of more than 8 bits, and the formats that Pillow reads as 32 bits though they hold 16.
+SIXTEEN_BITS, LARGEST = "I;16", 2**16 - 1
+SIXTEEN_BITS_IN_32 = ("PNG", "PPM")
+
+
+def read_image(row: dict[str, Any] | None, **settings) -> torch.Tensor:
+    """`image_to_tensor` of a row of a `datasets.Image` column that is not decoded.
+
+    A ValueError says what is wrong with an image that cannot be read, and names its file where there is one.
+    """
+    if row is None or (row["bytes"] is None and row["path"] is None):
+        raise ValueError("its row holds none")
+    try:
+        return image_to_tensor(datasets.Image().decode_example(row), **settings)
+    except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{row['path']}: {error}" if row["path"] else str(error)) from error
+
+
+def image_to_tensor(
+    image: PIL.Image.Image, size: int = 0, num_channels: int = 3, background: str = "white"
+) -> torch.Tensor:
+    """A (C, H, W) float tensor in [0, 1]; with a size, the centre square of the image resized to it.
+
+    What is transparent shows the background, a colour that Pillow knows. A ValueError for a mode whose numbers have no
+    known range.
+    """
+    image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, background), image)
+    image = image.convert("L" if num_channels == 1 else "RGB")
+    if size:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != size:
+            image = image.resize((size, size), PIL.Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, num_channels).permute(2, 0, 1) / 255
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image with 8 bits a number; Pillow itself would cut what is larger."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    if not (image.mode.startswith(SIXTEEN_BITS) or (image.mode == "I" and image.format in SIXTEEN_BITS_IN_32)):
+        raise ValueError(
+            f"the range of its numbers (Pillow's mode {image.mode}) is not known; save it with 8 or 16 bits"
+        )
+    levels = np.asarray(image)
+    grey = PIL.Image.fromarray((levels * (255 / LARGEST)).round().astype(np.uint8))
+    if "transparency" in image.info:  # the level that is
+        grey.putalpha(PIL.Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def check_colour(colour: str) -> None:
+    """A ValueError unless Pillow knows it as an opaque colour."""
+    try:
+        known = len(PIL.ImageColor.getrgb(colour)) == 3
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"background={colour!r} must be a colour: a name such as white, or '#rrggbb'")
