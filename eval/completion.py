@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from eval.evaluate import Reference, batch_size_for
 from eval.tuning import REPORT_SEED, TUNING_SEED
@@ -51,8 +52,7 @@ def complete(
         output = pipeline.inpaint(
             images[part],
             mask.expand(len(part), -1, -1, -1),
-            condition=pipeline.encode_condition(labels[part]) if pipeline.condition_kind == "classes" else None,
-            batch_size=len(part) if pipeline.condition_kind == "none" else None,
+            class_labels=labels[part],
             generator=sample_generators("complete", seed, places=part.tolist()),
             output_type="pt",
             **settings,
@@ -80,10 +80,10 @@ def measure_completion(
     reference: Reference,
     num_tuning_images: int,
     name: str,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     """The settings with the lowest Fréchet distance on some of the images, measured on all of them on another draw.
 
-    Returns {"settings", "nfe", the reference's measures ..., "seam"}.
+    Returns {"settings", "nfe", the reference's measures ..., "seam"} and the images (N, C, H, W).
     """
     distance, _ = reference.features.distance_names
     tried = []
@@ -95,10 +95,31 @@ def measure_completion(
     best = candidates[tried.index(min(tried))] if tried else candidates[0]
     made, nfe = complete(pipeline, images, labels, mask, REPORT_SEED, f"{name}: measuring", **best)
     measures = reference.measure(reference.features(made), labels)
-    return {"settings": best, "nfe": nfe, **measures, "seam": seam(made, mask)}
+    return {"settings": best, "nfe": nfe, **measures, "seam": seam(made, mask)}, made
 
 
-def completion_picture(images: torch.Tensor, mask: torch.Tensor, completions: list[torch.Tensor]):
+@torch.no_grad()
+def untouched(
+    pipeline: TokenPipeline, images: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, reference: Reference
+) -> dict[str, Any]:
+    """The same of the images themselves, encoded and decoded: what the tokenizer alone costs, and the seam of none."""
+    made = torch.cat([pipeline.decode(pipeline.encode(part)).float().cpu() for part in images.split(256)])
+    measures = reference.measure(reference.features(made), labels)
+    return {"settings": {}, "nfe": 0.0, **measures, "seam": seam(made, mask)}
+
+
+def completion_table(rows: list[dict[str, Any]]) -> str:
+    """A line of Markdown for each row."""
+    lines = ["| hidden | | settings | NFE | FD | class cons. | precision | recall | seam |", "|" + "---|" * 9]
+    for row in rows:
+        settings = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
+        fd, *others = (row[key] for key in ("fd", "class_consistency", "precision", "recall", "seam"))
+        figures = " | ".join([f"{row['nfe']:g}", f"{fd:.2f}", *(f"{value:.3f}" for value in others)])
+        lines.append(f"| {row['hidden']} | {row['name']} | {settings} | {figures} |")
+    return "\n".join(lines)
+
+
+def completion_picture(images: torch.Tensor, mask: torch.Tensor, completions: list[torch.Tensor]) -> Image:
     """A column for each image: as it is, what is shown of it, and what each of the pipelines made of that."""
     shown = [images, hide(images, mask), *completions]
     return image_grid(torch.cat([part[:NUM_SHOWN] for part in shown]), min(NUM_SHOWN, len(images)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
 from teachers.corruption import random_mask
 from teachers.randomness import Generators
+from teachers.sources.pixels import opaque
 
 Images = Any  # what diffusers' image processors take: an image of Pillow, an array, a tensor, or a list of one kind
 
@@ -18,10 +20,11 @@ Images = Any  # what diffusers' image processors take: an image of Pillow, an ar
 def read_images(images: Images, image_shape: tuple[int, int, int]) -> torch.Tensor:
     """Images (B, C, H, W) in [0, 1] in the shape (C, H, W) of a model's, resized where they are of another size."""
     num_channels, *image_size = image_shape
-    processor = VaeImageProcessor(
-        do_normalize=False, do_convert_rgb=num_channels == 3, do_convert_grayscale=num_channels == 1
-    )
-    found = processor.preprocess(images, *image_size).float()
+    if isinstance(images, PIL.Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple) and isinstance(images[0], PIL.Image.Image):
+        images = [opaque(image, num_channels) for image in images]
+    found = VaeImageProcessor(do_normalize=False).preprocess(images, *image_size).float()
     if found.shape[1] != num_channels:
         raise ValueError(f"got images of {found.shape[1]} channels; this model makes images of {num_channels}")
     return found

@@ -20,6 +20,7 @@ from distill.loop.config import TrainingConfig
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.conditions.prompts import tokenize
 from teachers.data import DataConfig, ImageData, load_data
+from teachers.folder import new_folder
 from teachers.objectives.objective import Objective
 from teachers.randomness import derive_seed, rand, to_device
 
@@ -131,9 +132,9 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
-        network.save_pretrained(output / "clip")
-        processor.save_pretrained(output / "clip")
-        tokenizer.save_pretrained(output / "clip")
+        with new_folder(output / "clip", replaces=True) as folder:
+            for part in (network, processor, tokenizer):
+                part.save_pretrained(folder)
     return finished
 
 

@@ -14,6 +14,7 @@ from distill.loop.config import TrainingConfig
 from distill.loop.signals import Hopeless
 from distill.loop.trainer import Trainer, on_main_process
 from teachers.data import DataConfig, load_data
+from teachers.folder import new_folder
 from teachers.objectives.vq import VQConfig, VQObjective
 from teachers.randomness import derive_seed, to_device
 from teachers.tokenizers.vq import VQTokenizer
@@ -91,7 +92,8 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
-        network.save_pretrained(output / "tokenizer")
+        with new_folder(output / "tokenizer", replaces=True) as folder:
+            network.save_pretrained(folder)
     return finished
 
 

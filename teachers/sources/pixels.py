@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,10 +29,35 @@ def read_image(row: dict[str, Any] | None, **settings) -> torch.Tensor:
         raise ValueError(f"{row['path']}: {error}" if row["path"] else str(error)) from error
 
 
+def open_image(path: Path) -> PIL.Image.Image:
+    """The picture in a file, the right way up; a FileNotFoundError or ValueError where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}")
+    try:
+        return datasets.Image().decode_example({"bytes": None, "path": str(path)})
+    except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+
+
 def image_to_tensor(
     image: PIL.Image.Image, size: int = 0, num_channels: int = 3, background: str = "white"
 ) -> torch.Tensor:
     """A (C, H, W) float tensor in [0, 1]; with a size, the centre square of the image resized to it.
+
+    As to what is transparent and to unknown ranges, see `opaque`.
+    """
+    image = opaque(image, num_channels, background)
+    if size:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != size:
+            image = image.resize((size, size), PIL.Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, num_channels).permute(2, 0, 1) / 255
+
+
+def opaque(image: PIL.Image.Image, num_channels: int, background: str = "white") -> PIL.Image.Image:
+    """The image in grey or colour with 8 bits a number.
 
     What is transparent shows the background, a colour that Pillow knows. A ValueError for a mode whose numbers have no
     known range.
@@ -40,14 +66,7 @@ def image_to_tensor(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, background), image)
-    image = image.convert("L" if num_channels == 1 else "RGB")
-    if size:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), PIL.Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).view(image.height, image.width, num_channels).permute(2, 0, 1) / 255
+    return image.convert("L" if num_channels == 1 else "RGB")
 
 
 def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
