@@ -207,8 +207,8 @@ def frontier(arguments: argparse.Namespace) -> None:
         if arguments.features == "inception":
             generated = min(arguments.num_tuning_images, arguments.num_report_images)
             check_num_images(arguments, generated_images=generated, real_images=len(data))
-        about = arguments.features, arguments.inception_path, teacher.device, teacher.class_names
-        features = make_features(config, arguments.classifier, *about)
+        network = arguments.features, arguments.inception_path, teacher.device
+        features = make_features(config, arguments.classifier, *network, class_names=teacher.class_names)
     elif arguments.clip is None:
         raise ValueError("these models are conditioned on text: name a CLIP to measure with (--clip)")
     else:

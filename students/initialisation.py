@@ -43,13 +43,11 @@ def perturb_embeddings(
     return math.sqrt(1 - sigma**2) * embeddings + sigma * noise
 
 
-def mark(embeddings: torch.Tensor) -> torch.Tensor:
-    """The embeddings (B, L, D) of random tokens, moved in a direction that never changes.
-
-    So a student that completes images tells them from known tokens, which it reads as the teacher does.
-    """
+def mark(embeddings: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, L, D) of tokens, some of them (`where`, (B, L)) moved in a direction that never changes."""
     direction = noise(1, 1, embeddings.shape[-1], generator=[torch.Generator().manual_seed(0)])
-    return perturb_embeddings(embeddings, to_device(direction, embeddings.device), MARK)
+    marked = perturb_embeddings(embeddings, to_device(direction, embeddings.device), MARK)
+    return torch.where(where[..., None], marked, embeddings)
 
 
 def teacher_marginals(teacher: TokenPipeline, conditions: Conditions) -> Iterator[torch.Tensor]:
@@ -179,7 +177,7 @@ class TokenInitialiser(ModelMixin, ConfigMixin):
 
         def perturb(embeddings: torch.Tensor) -> torch.Tensor:
             if self.config.known_tokens > 0:
-                embeddings = torch.where(is_random[..., None], mark(embeddings), embeddings)
+                embeddings = mark(embeddings, is_random)  # so known tokens are read as the teacher reads them
             return self.perturb(embeddings, generator) if self.config.embedding_noise > 0 else embeddings
 
         return perturb

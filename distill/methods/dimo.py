@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from distill.config import setting
 from distill.methods.divergence import divergence_gradient, jeffreys_divergence, with_gradient
 from distill.methods.method import Alarm, Method
-from students.initialisation import TokenInitialiser
+from students.initialisation import TokenInitialiser, mark
 from teachers.conditions.condition import Condition
 from teachers.corruption import MASK_SCHEDULES, corrupt, random_region, scheduled_mask_ratio
 from teachers.denoiser import Denoiser
@@ -134,7 +135,7 @@ class DiMO(Method):
         mask_ratio = scheduled_mask_ratio(config.mask_schedule, progress).clamp(*config.mask_ratio_range)
         corrupted, positions = corrupt(tokens, mask_ratio, mask_token_id, generators, stays)  # x_t
         with torch.set_grad_enabled("auxiliary" in update):
-            auxiliary_logits = networks["auxiliary"](corrupted, condition, positions=positions)  # (M, V)
+            auxiliary_logits = networks["auxiliary"](corrupted, condition, self.told(known), positions)  # (M, V)
 
         if "student" in update:
             with torch.no_grad():
@@ -168,6 +169,14 @@ class DiMO(Method):
                 metrics["auxiliary_cross_entropy"] = sum_and_number(total, len(positions))
 
         return losses, metrics
+
+    def told(self, known: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What the auxiliary is told, by marked embeddings: which tokens were known.
+
+        Else it would give the mean of these samples and of those made whole, and the student would make up in the one
+        for what it lacks in the other.
+        """
+        return None if known is None else partial(mark, where=known != self.initialiser.config.mask_token_id)
 
     @torch.no_grad()
     def known_tokens(

@@ -69,6 +69,7 @@ class Recorded:
 
     def record(self, name, module, given, logits):
         self.shown[name].append(given[0])
+        self.told = given[2]  # how embeddings are marked; the auxiliary is the last
         self.logits[name] = logits
         if logits.requires_grad:
             logits.retain_grad()
@@ -77,6 +78,7 @@ class Recorded:
 def test_what_is_known_of_the_student_s_samples_stays_and_has_no_loss(teacher):
     recorded = Recorded(teacher, probability=1.0)
     (first, initial), (corrupted,) = recorded.shown["student"], recorded.shown["auxiliary"]
+    told = recorded.told
     mask = corrupted == teacher.mask_token_id
     recorded.losses["student"].backward()
     has_loss = recorded.logits["student"].grad.abs().sum(-1) > 0
@@ -90,6 +92,10 @@ def test_what_is_known_of_the_student_s_samples_stays_and_has_no_loss(teacher):
     assert torch.equal(recorded.shown["student"][2], first)
     assert torch.equal(initial[stays], known[stays])
     assert torch.equal(corrupted[stays], known[stays])
+
+    # The auxiliary is told what was known.
+    embeddings = teacher.denoiser.embed(corrupted)
+    assert torch.equal((told(embeddings) != embeddings).any(-1), stays)
 
 
 @pytest.mark.parametrize(("probability", "evaluations"), [(0.0, 1), (0.5, 2)])
