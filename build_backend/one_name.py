@@ -48,7 +48,7 @@ def below_one_name(source: bytes, path: str) -> bytes:
     """Python source with imports of our packages from below the one name; all else, and its place, as it was."""
     places = []
     for node in ast.walk(ast.parse(source, path)):
-        if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+        if isinstance(node, ast.ImportFrom) and node.module and _is_ours(node.module):
             places.append((node.lineno, node.col_offset + len("from "), node.module))
         elif isinstance(node, ast.Import):
             for imported in node.names:
@@ -67,5 +67,5 @@ def below_one_name(source: bytes, path: str) -> bytes:
     return b"".join(lines)
 
 
-def _is_ours(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in PACKAGES
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in PACKAGES

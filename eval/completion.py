@@ -46,6 +46,7 @@ def complete(
 
     Each has a generator of its own, a function of the seed and its number.
     """
+    pipeline.set_progress_bar_config(disable=True)  # the batches have one
     made, evaluations = [], 0.0
     numbers = torch.arange(len(images)).split(batch_size_for(pipeline))
     for part in progress_bar(numbers, desc=description, disable=description is None, unit="batch", leave=False):

@@ -69,6 +69,7 @@ def generate(
     Every image has a generator of its own, a function of the seed and its number: the batch size changes nothing but
     the time.
     """
+    pipeline.set_progress_bar_config(disable=True)  # the batches have one
     conditions = all_classes(pipeline) if conditions is None else conditions
     parts = numbers.split(batch_size or batch_size_for(pipeline)) if len(numbers) else ()
     for part in progress_bar(parts, desc=description, disable=description is None, unit="batch", leave=False):

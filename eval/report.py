@@ -37,7 +37,7 @@ def write_report(
 
     `summary` is the quickstart's, `speed` the rows of `measure_speed`, `settings` YAML texts by title.
     """
-    environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
+    environment = Environment(loader=PackageLoader(__package__, "."), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("report.html.jinja").render(
         method=method,
         faithfulness=[name for name in FAITHFULNESS if name in summary["student"]],
@@ -128,7 +128,7 @@ def write_frontier_page(
     path: Path, rows: list[dict[str, Any]], plot: PIL.Image.Image, distance: str, student: str, protocol: dict[str, Any]
 ) -> None:
     """Write the frontier as one page: the plot, a table of every setting, the protocol."""
-    environment = Environment(loader=PackageLoader("eval", "."), undefined=StrictUndefined, autoescape=True)
+    environment = Environment(loader=PackageLoader(__package__, "."), undefined=StrictUndefined, autoescape=True)
     page = environment.get_template("frontier.html.jinja").render(
         rows=sorted(rows, key=lambda row: row[distance]),
         plot=_data_uri(plot),

@@ -39,6 +39,8 @@ def measure_speed(
     share of the rate of a large matrix product at which they were done.
     """
     rows = []
+    for pipeline, _ in candidates.values():
+        pipeline.set_progress_bar_config(disable=True)  # drawing one takes time
     precisions = {(pipeline.device, pipeline.dtype) for pipeline, _ in candidates.values()}
     rates = {dtype: matmul_rate(device, dtype) for device, dtype in precisions}
     for batch_size in batch_sizes:

@@ -28,7 +28,7 @@ def main() -> None:
         prog="one-step-mdm",
         description="Distil masked diffusion models into one-step generators.",
         epilog=EPILOG.format(
-            commands="\n".join(f"  {command:18} {about(path)}" for command, path in scripts.items()),
+            commands="\n".join(f"  {command:20} {about(path)}" for command, path in scripts.items()),
             recipes=textwrap.fill(", ".join(recipes()), 100, initial_indent="  ", subsequent_indent="  "),
             configs=CONFIGS,
         ),

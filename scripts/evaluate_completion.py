@@ -52,7 +52,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     teacher = open_pipeline(arguments.teacher, arguments)
     if teacher.condition_kind != "classes" or not isinstance(teacher, MaskedDiffusionPipeline):
         raise ValueError(f"{arguments.teacher} is no teacher of classes")
-    teacher.set_progress_bar_config(disable=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = settings_like(teacher, arguments.data)
     reference = make_reference(

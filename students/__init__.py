@@ -7,4 +7,4 @@ from students.pipeline import OneStepPipeline
 
 __all__ = ["ModelMixin", "OneStepPipeline", "TokenInitialiser"]
 
-TokenInitialiser.__module__ = __name__  # as in `teachers`: the name it is saved by
+TokenInitialiser.__module__ = "one_step_mdm.students"  # as in `teachers`: the name it is saved by

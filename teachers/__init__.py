@@ -43,9 +43,9 @@ __all__ = [
     "VQTokenizer",
 ]
 
-# A saved pipeline names its components by module and class: by this package, whatever files they lie in. diffusers
-# loads them by what it finds here, `ModelMixin` among it.
+# A saved pipeline names its components by module and class: by this package as it is called where it is installed,
+# whatever files they lie in. diffusers loads them by what it finds here, `ModelMixin` among it.
 for _name in __all__:
     _part = globals()[_name]
     if isinstance(_part, type) and issubclass(_part, ModelMixin) and _part is not ModelMixin:
-        _part.__module__ = __name__
+        _part.__module__ = "one_step_mdm.teachers"

@@ -24,7 +24,7 @@ class Sampler(SchedulerMixin, ConfigMixin):
 
     def __init_subclass__(cls) -> None:
         if cls.__module__.startswith(f"{__package__}."):
-            cls.__module__ = __package__  # the name it is saved by, as in `teachers`
+            cls.__module__ = "one_step_mdm.teachers.samplers"  # the name it is saved by, as in `teachers`
 
     def __call__(
         self,
