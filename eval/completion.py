@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from eval.evaluate import Reference, batch_size_for
+from eval.evaluate import Reference, batch_size_for, spread
 from eval.tuning import REPORT_SEED, TUNING_SEED
 from students.export import image_grid
 from teachers.inpainting import hide
@@ -52,7 +52,7 @@ def complete(
     for part in progress_bar(numbers, desc=description, disable=description is None, unit="batch", leave=False):
         output = pipeline.inpaint(
             images[part],
-            mask.expand(len(part), -1, -1, -1),
+            mask,
             class_labels=labels[part],
             generator=sample_generators("complete", seed, places=part.tolist()),
             output_type="pt",
@@ -90,7 +90,7 @@ def measure_completion(
     tried = []
     for number, settings in enumerate(candidates if len(candidates) > 1 else ()):
         description = f"{name}: tuning {number + 1}/{len(candidates)}"
-        some = slice(num_tuning_images)
+        some = spread(len(images), num_tuning_images)  # of classes that may lie one after another
         made, _ = complete(pipeline, images[some], labels[some], mask, TUNING_SEED, description, **settings)
         tried.append(reference.judge(reference.features(made), labels[some])[distance])
     best = candidates[tried.index(min(tried))] if tried else candidates[0]
@@ -122,5 +122,5 @@ def completion_table(rows: list[dict[str, Any]]) -> str:
 
 def completion_picture(images: torch.Tensor, mask: torch.Tensor, completions: list[torch.Tensor]) -> Image:
     """A column for each image: as it is, what is shown of it, and what each of the pipelines made of that."""
-    shown = [images, hide(images, mask), *completions]
+    shown = [images, torch.stack([hide(image, mask[0]) for image in images[:NUM_SHOWN]]), *completions]
     return image_grid(torch.cat([part[:NUM_SHOWN] for part in shown]), min(NUM_SHOWN, len(images)))

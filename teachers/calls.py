@@ -213,14 +213,21 @@ class ConditionedPipeline(SavedPipeline):
         *,
         condition: Condition | None = None,
         batch_size: int | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_encoder_hidden_states: torch.Tensor | None = None,
+        **unknown: Any,
     ) -> Condition:
         """Of each image of a call: of what was given of the four (the first may be class labels too), or of none."""
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} knows no {', '.join(unknown)}; of its images a call may say "
+                f"{', '.join(Given.__annotations__)}"
+            )
+        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         if num_images_per_prompt < 1 or num_images_per_prompt != int(num_images_per_prompt):
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be a whole number, at least 1")
         embeds = self._embeds(prompt_embeds, encoder_hidden_states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from teachers.conditions.condition import ClassLabels, Condition, TextCondition
 from teachers.data import NO_CLASS
 from teachers.denoiser import check_denoiser
 from teachers.guidance import GuidedDenoiser, check_guidance, guide
-from teachers.inpainting import Images, forget, hide, read_images, read_masks, tokens_under
+from teachers.inpainting import Images, forget, read_images, read_incomplete
 from teachers.randomness import Generators, check_generators, check_shape
 from teachers.released.published import check_published, is_published, published_components
 from teachers.samplers.sampler import Sampler
@@ -30,6 +31,7 @@ from teachers.tokenizers.vq import VQTokenizer
 ImageTokenizer = PatchTokenizer | VQTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent", "tokens")
+FORMER_NAMES_OF_CLASSES = "class_names.json"  # where they were before the index had them
 MAX_LOGITS = 2**27  # of a piece of a batch: half a GiB in float32, of which there are a few at a time
 
 
@@ -103,8 +105,14 @@ class TokenPipeline(ConditionedPipeline):
         """The tokens (B, L) to start from: masks, or what a user gave of each image, or of each of as many in a row."""
         if latents is None:
             return torch.full((num_images, self.sequence_length), self.mask_token_id, device=self._execution_device)
+        latents = torch.as_tensor(latents)
         latents = latents.flatten(1) if latents.dim() > 2 else latents
-        if 0 < len(latents) < num_images:
+        if latents.dim() == 2 and (len(latents) == 0 or num_images % len(latents)):
+            raise ValueError(
+                f"got {len(latents)} images (or latents) to go on from, for prompts or labels that make {num_images}: "
+                "pass one for all, or one for each"
+            )
+        if latents.dim() == 2:
             latents = latents.repeat_interleave(num_images // len(latents), 0)
         self.check_tokens(latents, (num_images, self.sequence_length))
         return latents.long().to(self._execution_device)
@@ -120,22 +128,20 @@ class TokenPipeline(ConditionedPipeline):
     def inpaint(self, image: Images, mask_image: Images, *call: Any, **settings: Any) -> MaskedDiffusionOutput | tuple:
         """Images with something new where a mask is white; the tokens of all else stay.
 
-        Takes what diffusers' image processors take, one mask for all images or one for each, and what a call of the
-        pipeline takes. Every token under the mask is new, if only a pixel of it is, and nothing of what lies there is
-        looked at.
+        Takes images of Pillow, tensors and arrays, or lists of them, and what a call of the pipeline takes. There is
+        one mask for all images, or one for each. Every token under it is new, if only a pixel of it is, and nothing of
+        what lies there is looked at.
         """
-        images = read_images(image, self.tokenizer.image_shape)
-        mask = read_masks(mask_image, self.tokenizer.image_shape).expand(len(images), -1, -1, -1)
-        tokens = self.encode(hide(images, mask))
-        known = tokens.masked_fill(tokens_under(mask, self.token_grid).to(tokens.device), self.mask_token_id)
-        return self._complete(known, *call, **settings)
+        images, is_new = read_incomplete(image, mask_image, self.tokenizer.image_shape, self.token_grid)
+        tokens = self.encode(images)
+        return self._complete(tokens.masked_fill(is_new.to(tokens.device), self.mask_token_id), *call, **settings)
 
     def image_to_image(
         self, image: Images, *call: Any, strength: float = 0.5, generator: Generators = None, **settings: Any
     ) -> MaskedDiffusionOutput | tuple:
         """Images of which a share `strength` in (0, 1] of the tokens, chosen at random, is new.
 
-        Takes what diffusers' image processors take, and what a call of the pipeline takes.
+        Takes images of Pillow, tensors and arrays, or lists of them, and what a call of the pipeline takes.
         """
         tokens = self.encode(read_images(image, self.tokenizer.image_shape))
         if isinstance(generator, list | tuple) and len(generator) > len(tokens):
@@ -241,6 +247,8 @@ class MaskedDiffusionPipeline(TokenPipeline):
     def _open(cls, folder: Path, index: dict[str, Any], network: dict[str, Any], **settings) -> Self:
         if is_published(index):
             return cls(**published_components(folder, network, **settings))
+        if "class_names" not in index and (folder / FORMER_NAMES_OF_CLASSES).is_file():
+            settings = {"class_names": json.loads((folder / FORMER_NAMES_OF_CLASSES).read_text()), **settings}
         return super()._open(folder, index, network, **settings)
 
     def denoise(self, tokens: torch.Tensor, condition: Condition, guidance_scale: float = 1.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from students import OneStepPipeline, TokenInitialiser
-from teachers.inpainting import forget, hide, read_images, read_masks, tokens_under
+from teachers.inpainting import forget, hide, read_images, read_incomplete
 from teachers.randomness import sample_generators
 
 RIGHT_HALF = torch.zeros(1, 1, 8, 8)
@@ -45,28 +45,65 @@ def test_what_lies_under_the_mask_is_not_looked_at(pipeline, digits):
     assert torch.equal(*made)
 
 
-def test_images_and_masks_of_any_kind(pipeline, digits):
-    pixels = (digits[:2] * 255).byte()
-    kinds = {
-        "tensors": (pixels / 255, RIGHT_HALF),
-        "Pillow": (
-            [Image.fromarray(image[0].numpy()) for image in pixels],
-            Image.fromarray((RIGHT_HALF[0, 0] * 255).byte().numpy()),
-        ),
-        "larger ones": (
-            [Image.fromarray(image[0].repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()) for image in pixels],
-            Image.fromarray((RIGHT_HALF[0, 0] * 255).byte().numpy()).resize((32, 32), Image.Resampling.NEAREST),
-        ),
-        "True and False": (pixels / 255, RIGHT_HALF.bool()),
+@pytest.mark.parametrize(
+    "kind", ["Pillow", "whole numbers", "arrays", "whole arrays", "a list of them", "True and False"]
+)
+def test_images_and_masks_of_any_kind(pipeline, digits, kind):
+    pixels, mask = (digits[:2] * 255).round().byte(), (RIGHT_HALF * 255).byte()
+    images, masks = {
+        "Pillow": ([Image.fromarray(image[0].numpy()) for image in pixels], Image.fromarray(mask[0, 0].numpy())),
+        "whole numbers": (pixels, mask),
         "arrays": ((pixels / 255).permute(0, 2, 3, 1).numpy(), RIGHT_HALF.permute(0, 2, 3, 1).numpy()),
-    }
-    made = {
-        kind: pipeline.inpaint(*given, class_labels=[3, 4], generator=seeded(2), output_type="tokens").tokens
-        for kind, given in kinds.items()
-    }
-    for kind, tokens in made.items():
-        same = (tokens == made["tensors"]).float().mean()
-        assert same == 1 if kind != "larger ones" else same > 0.6  # made smaller again, edges differ
+        "whole arrays": (pixels.permute(0, 2, 3, 1).numpy(), mask[0, 0].numpy()),
+        "a list of them": ([image[0].numpy() for image in pixels], [mask[0, 0].numpy() > 0] * 2),
+        "True and False": (pixels / 255, RIGHT_HALF.bool()),
+    }[kind]
+    settings = {"class_labels": [3, 4], "output_type": "tokens"}
+    expected = pipeline.inpaint(pixels / 255, RIGHT_HALF, generator=seeded(2), **settings).tokens
+    assert torch.equal(pipeline.inpaint(images, masks, generator=seeded(2), **settings).tokens, expected)
+
+
+def test_images_of_another_size_are_resized(pipeline, digits):
+    larger = digits[:2].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    mask = RIGHT_HALF.repeat_interleave(64, 2).repeat_interleave(64, 3)
+    tokens = pipeline.inpaint(larger, mask, class_labels=[3, 4], output_type="tokens").tokens
+    same = (tokens == pipeline.encode(digits[:2])).view(2, 4, 4)[..., :2]
+    assert same.float().mean() > 0.7  # the hidden half has its mean colour, which edges take something of
+
+
+@pytest.mark.parametrize("size", [8, 32, 512])
+def test_a_single_pixel_of_a_mask_makes_its_token_new_and_is_not_looked_at(size):
+    mask = torch.zeros(1, size, size)
+    mask[0, 3 * size // 8, 5 * size // 8] = 1
+    image = torch.full((1, size, size), 0.5)
+    image[mask > 0] = 1
+    pixels, is_new = read_incomplete(image, mask, (1, 8, 8), (4, 4))
+    assert is_new.view(4, 4).nonzero().tolist() == [[1, 2]]
+    torch.testing.assert_close(pixels, torch.full((1, 1, 8, 8), 0.5))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.full((1, 8, 8), 1.5), torch.full((1, 8, 8), -0.1), torch.full((1, 8, 8), torch.nan), "photo.png", []],
+)
+def test_what_is_no_image_is_refused(pipeline, wrong):
+    with pytest.raises(ValueError, match=r"image|numbers"):
+        pipeline.image_to_image(wrong, class_labels=[1])
+
+
+def test_counts_that_do_not_fit_are_named(pipeline, digits):
+    with pytest.raises(ValueError, match="2 images and 3 masks"):
+        pipeline.inpaint(digits[:2], RIGHT_HALF.expand(3, -1, -1, -1), class_labels=[1, 2])
+    with pytest.raises(ValueError, match="3 images"):
+        pipeline.inpaint(digits[:3], RIGHT_HALF, class_labels=1)
+
+
+def test_sixteen_bits_and_transparency_of_masks():
+    image = torch.zeros(1, 8, 8)
+    nearly_black = Image.fromarray(np.full((8, 8), 400, np.uint16))
+    assert not read_incomplete(image, nearly_black, (1, 8, 8), (4, 4))[1].any()
+    transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert read_incomplete(image, transparent, (1, 8, 8), (4, 4))[1].all()
 
 
 def test_one_image_may_be_completed_in_many_ways(pipeline, digits):
@@ -102,21 +139,19 @@ def test_a_strength_that_is_none(pipeline, digits, strength):
         pipeline.image_to_image(digits[:1], class_labels=[1], strength=strength)
 
 
-def test_a_token_is_new_where_any_pixel_of_it_is_masked():
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    mask[..., 3, 5] = True
-    assert tokens_under(mask, (4, 4)).view(4, 4).nonzero().tolist() == [[1, 2]]
-    mask = torch.zeros(1, 1, 28, 28, dtype=torch.bool)
+def test_a_token_that_a_mask_cuts_is_new():
+    mask = torch.zeros(1, 28, 28, dtype=torch.bool)
     mask[..., 14:] = True  # half of the fourth of seven columns
-    assert tokens_under(mask, (7, 7)).view(7, 7).any(0).tolist() == [False] * 3 + [True] * 4
+    _, is_new = read_incomplete(torch.zeros(1, 28, 28), mask, (1, 28, 28), (7, 7))
+    assert is_new.view(7, 7).any(0).tolist() == [False] * 3 + [True] * 4
 
 
 def test_what_is_hidden_has_the_mean_of_what_is_not():
-    images, mask = torch.rand(3, 3, 8, 8), RIGHT_HALF.bool()
-    hidden = hide(images, mask)
-    assert torch.equal(hidden[..., :4], images[..., :4])
-    torch.testing.assert_close(hidden[..., 4:], images[..., :4].mean((2, 3), keepdim=True).expand(3, 3, 8, 4))
-    assert hide(images, torch.ones_like(mask)).isfinite().all()
+    image, mask = torch.rand(3, 8, 8), RIGHT_HALF[0].bool()
+    hidden = hide(image, mask)
+    assert torch.equal(hidden[..., :4], image[..., :4])
+    torch.testing.assert_close(hidden[..., 4:], image[..., :4].mean((1, 2), keepdim=True).expand(3, 8, 4))
+    assert hide(image, torch.ones_like(mask)).isfinite().all()
 
 
 def test_images_in_colour_become_grey_for_a_model_of_grey_ones():
@@ -124,9 +159,9 @@ def test_images_in_colour_become_grey_for_a_model_of_grey_ones():
     assert read_images(colours, (1, 8, 8)).shape == (1, 1, 8, 8)
     assert read_images(colours, (3, 8, 8)).shape == (1, 3, 8, 8)
     assert read_images(colours.convert("L"), (3, 8, 8)).shape == (1, 3, 8, 8)
+    assert read_images(torch.rand(2, 3, 8, 8), (1, 8, 8)).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="channels"):
-        read_images(torch.rand(2, 3, 8, 8), (1, 8, 8))
-    assert read_masks(colours, (3, 8, 8)).dtype == torch.bool
+        read_images(torch.rand(2, 2, 8, 8), (3, 8, 8))
 
 
 def test_a_student_for_whole_images_says_so(teacher, digits, caplog):
