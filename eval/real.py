@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import PIL.ImageMode
 import torch
 
 from distill.config import load_config
@@ -19,11 +22,7 @@ from teachers.pipeline import ImageTokenizer, TokenPipeline
 MIN_REAL = 10  # of which a tenth is an image
 NUM_LOOKED_AT = 8
 
-
-def real_data(config: DataConfig, class_names: Sequence[str] | None = None) -> ImageData:
-    """The real images to compare with: the configured split; of the embedded digits, all. Their labels are numbers of
-    the class names, or of their own."""
-    return load_data(replace(config, split="all") if config.name == DIGITS else config, class_names)
+logger = logging.getLogger(__name__)
 
 
 def image_shape(tokenizer: ImageTokenizer) -> tuple[int, ...]:
@@ -33,29 +32,55 @@ def image_shape(tokenizer: ImageTokenizer) -> tuple[int, ...]:
 
 
 def settings_like(pipeline: TokenPipeline, overrides: Sequence[str]) -> DataConfig:
-    """The settings that a command line names; what it does not name of size and colours follows the pipeline."""
+    """The settings that a command line names; what it does not name of size and colours follows the pipeline.
+
+    Of the embedded digits they are all images, unless it names a split.
+    """
     num_channels, height, width = image_shape(pipeline.tokenizer)
     own = [f"num_channels={num_channels}", *([f"image_size={height}"] if height == width else [])]
+    if load_config(DataConfig, overrides=overrides).name == DIGITS:
+        own.append("split=all")
     return load_config(DataConfig, overrides=[*own, *overrides])
 
 
+def names_size(overrides: Sequence[str]) -> bool:
+    """Whether a command line says itself of which size images are read."""
+    return any(override.startswith("image_size=") for override in overrides)
+
+
 def like(pipeline: TokenPipeline, config: DataConfig) -> DataConfig:
-    """A configuration's settings; what it leaves at its default of size and colours follows the pipeline."""
+    """A configuration's settings; what it leaves at its default of size and colours follows the pipeline.
+
+    Of the embedded digits they are all images, unless it names another split than the default.
+    """
     num_channels, height, width = image_shape(pipeline.tokenizer)
     return replace(
         config,
+        split="all" if (config.name, config.split) == (DIGITS, DataConfig.split) else config.split,
         image_size=config.image_size or (height if height == width else 0),
         num_channels=max(config.num_channels, num_channels),  # grey is the default
     )
 
 
-def data_like(pipeline: TokenPipeline, config: DataConfig) -> ImageData:
+def data_like(pipeline: TokenPipeline, config: DataConfig, may_enlarge: bool = True) -> ImageData:
     """The real images to compare a pipeline's with, their labels numbered as its classes are.
 
-    ValueError where they are of another size, other colours, or another number of classes that have no names.
+    ValueError where they are of another size, other colours, or another number of classes that have no names, and
+    where they are smaller than they are read, unless that may be.
     """
-    data = real_data(config, pipeline.class_names)
-    check_shape(data, image_shape(pipeline.tokenizer), config.name)
+    data, shape = load_data(config, pipeline.class_names), image_shape(pipeline.tokenizer)
+    check_shape(data, shape, config.name)
+    if other := [raw for raw in raw_shapes(data) if raw != shape]:
+        smallest = min(other, key=lambda raw: min(raw[1:]))
+        if min(smallest[1:]) < config.image_size and not may_enlarge:
+            raise ValueError(
+                f"an image of {config.name} is of {describe_shape(smallest)} and would be enlarged to "
+                f"{describe_shape(shape)}; if that is meant, say image_size={config.image_size}"
+            )
+        logger.warning(
+            "real images of %s are cropped, resized or recoloured: from %s, for instance, to %s",
+            config.name, describe_shape(other[0]), describe_shape(shape),
+        )  # fmt: skip
     is_nameless = pipeline.condition_kind == "classes" and pipeline.class_names is None
     if is_nameless and data.num_classes not in (0, pipeline.num_classes):
         raise ValueError(
@@ -74,6 +99,17 @@ def check_shape(data: ImageData, shape: tuple[int, ...], name: str) -> None:
                 f"an image of {name} is read as {describe_shape(tuple(image.shape))}, where images of "
                 f"{describe_shape(shape)} are wanted (image_size and num_channels say how images are read)"
             )
+
+
+def raw_shapes(data: ImageData) -> list[tuple[int, ...]]:
+    """(C, H, W) of a few images, spread over the data, as they were saved."""
+    numbers = spread(len(data), NUM_LOOKED_AT)
+    rows = data.rows[(numbers if data._numbers is None else data._numbers[numbers]).tolist()]
+    if isinstance(rows, torch.Tensor):  # the embedded digits
+        return [tuple(row.shape) for row in rows]
+    images = [datasets.Image().decode_example(row) for row in rows]
+    grey = [PIL.ImageMode.getmode(image.mode).basemode == "L" for image in images]
+    return [(1 if is_grey else 3, image.height, image.width) for is_grey, image in zip(grey, images, strict=True)]
 
 
 def describe_shape(shape: tuple[int, ...]) -> str:
@@ -99,7 +135,7 @@ def describe(name: str, digests: torch.Tensor) -> str:
 
 def make_reference(features: Features, config: DataConfig, num_images: int | None = None) -> Reference:
     """The real images seen through the features: all, or so many that are spread over them."""
-    data = real_data(config)
+    data = load_data(config)
     if num_images is not None:
         data = data.subset(spread(len(data), num_images))
     found = embed(features, data, "real images")
@@ -131,7 +167,7 @@ def make_features(
     """
     if kind == "inception":
         return InceptionFeatures(inception_path, device)
-    data = real_data(config, class_names)
+    data = load_data(config, class_names)
     if reason := obstacle(data, to_classifier=True):
         raise ValueError(
             f"no classifier to measure with can be trained on {config.name}: {reason} (Inception features need none: "

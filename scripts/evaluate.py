@@ -18,7 +18,7 @@ from eval.chunks import claim, from_images, read_chunks, read_real, write_chunks
 from eval.distances import MIN_SAMPLES, check_num_samples
 from eval.evaluate import Reference, identify
 from eval.inception import add_inception_options, check_num_images
-from eval.real import data_like, describe, make_features, settings_like
+from eval.real import data_like, describe, make_features, names_size, settings_like
 from eval.sampling import (
     add_sampling_options,
     json_digest,
@@ -53,7 +53,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings = sampling_settings(pipeline, arguments)
     protocol = sampling_protocol(pipeline, arguments, settings)
     config, kind = settings_like(pipeline, arguments.data), arguments.features
-    data = data_like(pipeline, config)
+    data = data_like(pipeline, config, may_enlarge=names_size(arguments.data))
     check_num_samples(MIN_SAMPLES, generated_images=arguments.num_images, real_images=len(data))
     if kind == "inception":
         check_num_images(arguments, generated_images=arguments.num_images, real_images=len(data))

@@ -18,7 +18,7 @@ from distill.jobs.command import run
 from eval.completion import HIDDEN, completion_picture, completion_table, hidden, measure_completion, untouched
 from eval.evaluate import spread
 from eval.files import write_json, write_picture
-from eval.real import data_like, make_features, make_reference, settings_like
+from eval.real import data_like, make_features, make_reference, names_size, settings_like
 from eval.sampling import add_device_options, open_pipeline
 from eval.tuning import Grid
 from teachers.pipeline import MaskedDiffusionPipeline
@@ -54,10 +54,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.teacher} is no teacher of classes")
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = settings_like(teacher, arguments.data)
+    split = arguments.shown_split or config.split
+    shown = data_like(teacher, replace(config, split=split), may_enlarge=names_size(arguments.data))
     reference = make_reference(
         make_features(config, arguments.classifier, device=teacher.device, class_names=teacher.class_names), config
     )
-    shown = data_like(teacher, replace(config, split=arguments.shown_split or config.split))
     shown = shown.subset(spread(len(shown), arguments.num_images))
     images = shown.images("images to complete")
     temperatures = tuple(arguments.temperatures)
@@ -80,7 +81,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             print(completion_table(rows[-1:]), flush=True)
         picture = arguments.output / f"{part.replace(' ', '-')}.png"
         write_picture(picture, completion_picture(images, mask, made))
-    protocol = {"reference": reference.source, "num_images": len(images), "shown_split": arguments.shown_split}
+    protocol = {"reference": reference.source, "num_images": len(images), "shown_split": split}
     write_json(arguments.output / "completion.json", {"rows": rows, "protocol": protocol})
     print(f"\n{completion_table(rows)}\n\npictures: {arguments.output}")
     print(json.dumps({"rows": rows, "protocol": protocol}))

@@ -50,6 +50,8 @@ def class_label(text: str) -> int | str:
 
 def sample(arguments: argparse.Namespace) -> None:
     format_of(arguments.output)  # before there are images to lose
+    if arguments.num_rows < 1:
+        raise ValueError(f"--num-rows {arguments.num_rows} must be at least 1")
     if (arguments.image is not None) != ((arguments.mask is not None) + (arguments.strength is not None)):
         raise ValueError(
             "an --image is completed where a --mask says so, or changed with a --strength: name one of them"

@@ -6,6 +6,7 @@ What makes the folder open in diffusers itself is written by `save_pretrained`.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +17,13 @@ from PIL import Image
 from students.pipeline import OneStepPipeline
 from teachers.component import weights_digest
 from teachers.conditions.condition import Condition
+from teachers.conditions.prompts import clean_prompts
 from teachers.folder import new_folder, stamp
 from teachers.pipeline import TokenPipeline
 from teachers.randomness import sample_generators
 
 GRID_HEIGHT, GRID_WIDTH = 2048, 5120  # of a picture of samples, in pixels
+MARKUP = re.compile(r"[&<>`*_~|$!#\[\]\\]")  # what Markdown and HTML read as more than text
 
 
 class Credits(Protocol):
@@ -59,6 +62,7 @@ def export_student(
     columns = example_conditions(pipeline, prompts)
     names = pipeline.config.get("class_names")
     shown = [names[str(label)] for label in columns] if names else columns
+    named = isinstance(shown[0], str)
     card = template.render(
         name=output.name,
         method=method,
@@ -66,8 +70,8 @@ def export_student(
         measurements=measurements,
         protocol=protocol,
         kind=pipeline.condition_kind,
-        columns=shown,
-        named=isinstance(shown[0], str),
+        columns=[as_text(column) for column in shown] if named else shown,
+        named=named,
         example=_example(pipeline, shown),
     )
     with new_folder(output) as folder:
@@ -75,9 +79,15 @@ def export_student(
         for component in ("denoiser", "initialiser"):
             stamp(folder / component, metadata)
         sample_grid(pipeline, pipeline.encode_condition(columns)).save(folder / "samples.png")
-        (folder / "README.md").write_text(card)
-        (folder / "measurements.json").write_text(json.dumps(measurements, indent=2))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "measurements.json").write_text(json.dumps(measurements, indent=2), encoding="utf-8")
         _compare(pipeline, OneStepPipeline.from_pretrained(folder), columns)
+
+
+def as_text(name: str) -> str:
+    """A class's name or a prompt, which others wrote, as Markdown that shows it and nothing else."""
+    (line,) = clean_prompts([name])
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", line)
 
 
 def _example(pipeline: TokenPipeline, columns: list[Any]) -> str:

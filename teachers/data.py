@@ -174,7 +174,7 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None) -> I
         if Path(DIGITS).is_dir():
             logger.warning("%s are scikit-learn's; the folder of that name is ./%s", DIGITS, DIGITS)
         return _load_digits(config, class_names)
-    dataset = open_dataset(config.name, config.split)
+    dataset = open_dataset(config.name, config.split, labelled=bool(config.label_column))
     check_column(dataset, config.name, config.image_column)
     labels, names, kept = torch.full((len(dataset),), NO_CLASS), [], None
     if config.label_column:
@@ -190,16 +190,9 @@ def load_data(config: DataConfig, class_names: Sequence[str] | None = None) -> I
         to_tensor=partial(
             read_image, size=config.image_size, num_channels=config.num_channels, background=config.background
         ),
-        source=_fingerprint(dataset),
+        source=dataset._fingerprint,  # of our files or the hub's, not of what `datasets` makes of them
         numbers=kept,
     )
-
-
-def _fingerprint(dataset: datasets.Dataset) -> str:
-    """That of the rows and of the files they are read from: a saved data set only notes its own."""
-    files = [Path(file["filename"]).stat() for file in dataset.cache_files]
-    written = [dataset._fingerprint, *([file.st_size, file.st_mtime_ns] for file in files)]
-    return hashlib.sha256(json.dumps(written).encode()).hexdigest()
 
 
 def _load_digits(config: DataConfig, class_names: Sequence[str] | None) -> ImageData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -13,18 +14,23 @@ from uuid import uuid4
 
 from safetensors.torch import load_file, save_file
 
+FORMER = ".former"  # what a folder is called by while another one takes its place
+
 
 @contextlib.contextmanager
 def new_folder(output: Path, shared: bool = False, replaces: bool = False) -> Iterator[Path]:
     """A folder to fill, which gets the name `output` at the end; after an error all is as it was.
 
     Raises ValueError if `output` is there and not empty. Where it is `shared`, other processes make the same one, and
-    that of the first stays; where it `replaces` what is there, the last one stays.
+    that of the first stays; where it `replaces` what is there, the last one stays. What a process was killed at
+    replacing is put back first.
     """
     if not (shared or replaces) and _is_taken(output):
         raise ValueError(f"the output folder {output} is not empty; name another one or remove it")
     staging = output.with_name(f".{output.name}.{uuid4().hex}.staging")
-    former = staging.with_suffix(".former")
+    former = staging.with_suffix(FORMER)
+    if replaces:
+        _put_back(output)
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -37,9 +43,19 @@ def new_folder(output: Path, shared: bool = False, replaces: bool = False) -> It
         except OSError:
             if not shared or not _is_taken(output):
                 raise
-        shutil.rmtree(former, ignore_errors=True)
+        if former.exists():
+            os.replace(former, staging)  # by no name that it could be put back under, should its removal be cut short
     finally:
+        if former.exists() and not output.exists():
+            os.replace(former, output)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_back(output: Path) -> None:
+    """Give a folder its name again that was moved aside for one that never came."""
+    formers = list(output.parent.glob(f".{glob.escape(output.name)}.*{FORMER}"))
+    if formers and not output.exists():
+        os.replace(max(formers, key=lambda former: former.stat().st_mtime), output)
 
 
 def _is_taken(output: Path) -> bool:

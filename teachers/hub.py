@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from huggingface_hub.errors import (
 )
 
 INDEX = "model_index.json"
-KEPT = ("README.md", "samples.png", "measurements.json", "LICENSE")  # what an export says of itself, beside its parts
+LICENSE = "LICENSE"
+KEPT = ("README.md", "samples.png", "measurements.json", LICENSE)  # what an export says of itself, beside its parts
 HUB_SETTINGS = ("token", "revision", "cache_dir", "local_files_only", "force_download")
 
 # Of these, an error has the first that it is an instance of.
@@ -59,18 +61,19 @@ def fetch_components(
     Of a variant, its weights, and the plain ones of components that have no others.
     """
     snapshot = index.parents[len(Path(subfolder or "").parts)]
-    inside = f"{subfolder}/" if subfolder else ""
+    inside = f"{glob.escape(subfolder)}/" if subfolder else ""  # a pattern is of the whole path
 
-    def fetch(files: list[str], ignored: str | None = None) -> None:
+    def fetch(files: list[str], ignored: Iterable[str] = ()) -> None:
         patterns = [inside + pattern for pattern in files]
-        pinned = {**hub, "revision": snapshot.name, "ignore_patterns": ignored}
+        pinned = {**hub, "revision": snapshot.name, "ignore_patterns": [inside + pattern for pattern in ignored]}
         with _as_missing(name):
             snapshot_download(name, allow_patterns=patterns, **pinned)
 
     kinds = ["json", "txt", *([f"{variant}.safetensors", f"{variant}-*.safetensors"] if variant else [])]
     fetch([*KEPT, *(f"{component}/*.{kind}" for component in components for kind in kinds)])
     plain = [component for component in components if not (variant and has_variant(index.parent / component, variant))]
-    fetch([f"{component}/*.safetensors" for component in plain], ignored="*.*.safetensors")  # no other variant's
+    other_variants = [f"{component}/*.*.safetensors" for component in plain]
+    fetch([f"{component}/*.safetensors" for component in plain], ignored=other_variants)
 
 
 def has_variant(component: Path, variant: str) -> bool:

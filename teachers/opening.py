@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from teachers.component import check_weights
 from teachers.custom_code import INSTALLED, is_ours, write_code
 from teachers.folder import stamp
-from teachers.hub import HUB_SETTINGS, INDEX, KEPT, fetch_components, find_index, has_variant, send
+from teachers.hub import HUB_SETTINGS, INDEX, KEPT, LICENSE, fetch_components, find_index, has_variant, send
 
 # What components were called in folders of the time when a file's name was part of theirs.
 FORMER_NAMES = {
@@ -30,6 +31,8 @@ FORMER_NAMES = {
     "teachers.vq": "teachers",
     "students.initialisation": "students",
 }
+logger = logging.getLogger(__name__)
+
 HERE = __name__.removesuffix("teachers.opening")  # what the packages' names begin with in this process
 NETWORK_SETTINGS = ("variant", "device_map", "low_cpu_mem_usage")
 
@@ -43,7 +46,9 @@ class SavedPipeline(DiffusionPipeline):
     opened_from: Path | None = None  # the folder, of a hub id its copy here
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, subfolder: str | None = None, **settings) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **settings
+    ) -> Self:
         """The pipeline of a folder or hub id.
 
         Args:
@@ -51,11 +56,14 @@ class SavedPipeline(DiffusionPipeline):
             settings: as in diffusers, for the hub `token`, `revision`, `cache_dir`, `local_files_only` and
                 `force_download`; for the networks `torch_dtype` (or `dtype`; default: float32), `variant`,
                 `device_map` and `low_cpu_mem_usage`; and arguments of the constructor in place of what was saved.
+                `trust_remote_code` changes nothing: no code of the folder is ever run.
 
         Weights are safetensors alone. Raises FileNotFoundError where there is no pipeline; ValueError where it is of
         another kind, asks for classes that are no part of this one or have not been imported, or has weights that are
         damaged, missing or not finite numbers.
         """
+        name = pretrained_model_name_or_path
+        settings.pop("trust_remote_code", None)
         hub = {key: settings.pop(key) for key in HUB_SETTINGS if key in settings}
         network = {key: settings.pop(key) for key in NETWORK_SETTINGS if key in settings}
         network["dtype"] = _dtype(settings.pop("dtype", None), settings.pop("torch_dtype", None))
@@ -87,18 +95,25 @@ class SavedPipeline(DiffusionPipeline):
     ) -> None:
         """Save a folder that opens here and, by the code in it, in diffusers itself.
 
-        What the folder that the pipeline was opened from says of it stays: card, pictures, the weights' metadata. With
-        `push_to_hub` the folder is also sent to the repository `repo_id` (default: its name), as `push_to_hub` does.
+        What the folder that the pipeline was opened from says of it stays: card, pictures, the weights' metadata; not
+        where weights were changed since, of which only its LICENSE still holds. With `push_to_hub` the folder is also
+        sent to the repository `repo_id` (default: its name), as `push_to_hub` does.
         """
         if not safe_serialization:
             raise ValueError("got safe_serialization=False; weights are saved, and opened, as safetensors alone")
         folder, source = Path(save_directory), self.opened_from
         metadata = {name: _metadata(source / name) for name in self.components} if source else {}
+        networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        changed = [name for name, part in networks.items() if source and _is_changed(part, source / name)]
+        if changed:
+            logger.warning(
+                "weights have changed since %s was opened (%s): what it says of them is not copied", source, changed
+            )
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        for name in (name for name, found in metadata.items() if found):
+        for name in (name for name, found in metadata.items() if found and name not in changed):
             stamp(folder / name, metadata[name])
-        for name in KEPT if source else ():
-            if (source / name).is_file() and not (folder / name).exists():
+        for name in (LICENSE,) if changed else KEPT:
+            if source and (source / name).is_file() and not (folder / name).exists():
                 shutil.copyfile(source / name, folder / name)
         write_code(folder, type(self), self._components(json.loads((folder / INDEX).read_text())))
         _forget_where_it_lay(folder)
@@ -226,6 +241,17 @@ def _metadata(component: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
     return {}
+
+
+def _is_changed(network: torch.nn.Module, component: Path) -> bool:
+    """Whether a weight differs, in its precision, from all of its name in a component's folder, whatever variant."""
+    weights, differing, same = network.state_dict(), set(), set()
+    for path in component.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in weights.keys() & file.keys():
+                saved, weight = file.get_tensor(key), weights[key].cpu()
+                (same if torch.equal(saved.to(weight.dtype), weight) else differing).add(key)
+    return not differing <= same
 
 
 def _forget_where_it_lay(folder: Path) -> None:

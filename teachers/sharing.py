@@ -10,14 +10,18 @@ from typing import TextIO
 _held: dict[Path, TextIO] = {}  # locks that last as long as this process
 
 
-def hold(folder: Path) -> bool:
-    """Whether a folder is this process's until it ends; not while another one has it."""
+def hold(folder: Path) -> bool | None:
+    """Whether a folder is this process's until it ends; not while another one has it.
+
+    None on a file system without locks, where nobody can tell.
+    """
     path = folder.resolve() / ".lock"
     if path not in _held:
         file = path.open("w")
-        if not _locked(file.fileno(), waits=False):
+        locked = _locked(file.fileno(), waits=False)
+        if not locked:
             file.close()
-            return False
+            return locked
         _held[path] = file
     return True
 
@@ -37,16 +41,16 @@ def each_once(results: Iterable[Path]) -> Iterator[Path]:
                 continue
             result.parent.mkdir(parents=True, exist_ok=True)
             with result.with_name(f".{result.name}.lock").open("w") as lock:
-                if _locked(lock.fileno(), waits) and not result.exists():
+                if _locked(lock.fileno(), waits) is not False and not result.exists():
                     yield result
 
 
-def _locked(file: int, waits: bool) -> bool:
-    """Whether this process has the lock, which it loses with the file; of a system that knows none, all have it."""
+def _locked(file: int, waits: bool) -> bool | None:
+    """Whether this process has the lock, which it loses with the file; None of a file system that knows none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True

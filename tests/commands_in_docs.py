@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(
-    r"(?:^|.*\s)(?:\S*scripts/(\w+)\.py|one-step-mdm ([\w-]+)|-m one_step_mdm ([\w-]+))(?=\s|$)(.*)", re.DOTALL
+    r"(?:^|.*\s)(?:\S*scripts/(\w+)\.py|one-step-mdm (\w[\w-]*)|-m one_step_mdm (\w[\w-]*))(?=\s|$)(.*)", re.DOTALL
 )
 # What stands for something else, where an option says what: `--steps N`.
 PLACEHOLDERS = {"SEED": "0"}

@@ -52,9 +52,12 @@ def test_from_run_to_samples_measurements_and_timings(command):
     assert json.loads(again) == result
     assert sorted((path.name, path.stat().st_mtime_ns) for path in output.glob("*.safetensors")) == kept
     few = ["one", "--num-images", 20, "--classifier", "classifier", "--output", "bf16", "--dtype", "bfloat16"]
-    status, last, errors = command("evaluate.py", *few)
+    status, last, errors = command("evaluate.py", *few, "split=test")
     assert status == 0, errors
-    assert json.loads(last)["protocol"]["dtype"] == "bfloat16"
+    protocol = json.loads(last)["protocol"]
+    assert protocol["dtype"] == "bfloat16"
+    assert protocol["data"]["split"] == "test"
+    assert protocol["reference"].startswith("297 images of digits, sha256 ")
 
     both = ["--teacher", "teacher", "--student", "one"]
     arguments = [
@@ -112,6 +115,8 @@ def test_mistakes_are_one_line(command):
         Path("colour", name).mkdir(parents=True)
         for number in range(6):
             PIL.Image.new("RGB", (8, 9 + number)).save(Path("colour", name, f"{number}.png"))
+    Path("small").mkdir()
+    PIL.Image.new("L", (8, 5)).save("small/0.png")
     for script, arguments, message in [
         ("sample.py", ["nowhere", "--output", "x.png"], "there is no folder nowhere"),
         ("sample.py", ["teacher", "--output", "x.png", "--class-labels", 12], "class label 12 is out of range"),
@@ -129,6 +134,8 @@ def test_mistakes_are_one_line(command):
         ("evaluate.py", ["teacher", "name=colour", "label_column=", "image_size=9"], "where images of 8x8 in grey"),
         ("evaluate.py", ["teacher", "name=colour", "label_column="], "a classifier needs labels of at least two"),
         ("sample.py", ["teacher", "--output", "grid"], "call it grid.png"),
+        ("sample.py", ["teacher", "--output", "x.png", "--num-rows", 0], "--num-rows 0 must be at least 1"),
+        ("evaluate.py", ["teacher", "name=small", "label_column="], "say image_size=8"),
         ("sample.py", ["teacher", "--output", "x.png", "--class-labels", "cat"], "'cat'"),
         ("benchmark.py", [*FRONTIER, "--features", "inception", "--inception-path", "no"], "images is not one"),
         ("benchmark.py", [*FRONTIER, "--samplers", "Holton"], "no sampler 'Holton'; choose from random order, "),

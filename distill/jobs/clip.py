@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from distill.config import section, setting
 from distill.jobs.run import note_settings, open_run
 from distill.loop.batches import ShuffledRows
+from distill.loop.checkpoint import has_checkpoints
 from distill.loop.config import TrainingConfig
-from distill.loop.trainer import Trainer, on_main_process
+from distill.loop.trainer import CHECKPOINTS, Trainer, on_main_process
 from teachers.conditions.prompts import tokenize
 from teachers.data import DataConfig, ImageData, load_data
 from teachers.folder import new_folder
 from teachers.objectives.objective import Objective
 from teachers.randomness import derive_seed, rand, to_device
+from teachers.sharing import each_once
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 BYTES = sorted(ByteLevel.alphabet())  # as letters
+VOCABULARY = "vocabulary"
 LETTERS = [*BYTES, *(byte + WORD_END for byte in BYTES)]
 
 
@@ -98,8 +102,8 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     data = load_data(job.data)
     if data.texts is None:
         raise ValueError("a CLIP learns from captions: name their column (data.text_column)")
-    accelerator, output = open_run(job)
-    tokenizer = make_text_tokenizer(data.texts, job.network)
+    accelerator, output = open_run(job, prepared=(VOCABULARY,))
+    tokenizer = vocabulary_of_run(output, data.texts, job.network)
     processor = CLIPProcessor(make_image_processor(data), tokenizer)
     torch.manual_seed(derive_seed(job.training.seed, "clip"))
     clip = make_clip(job.network, data, tokenizer)
@@ -136,6 +140,16 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
             for part in (network, processor, tokenizer):
                 part.save_pretrained(folder)
     return finished
+
+
+def vocabulary_of_run(output: Path, captions: Sequence[str], config: CLIPNetworkConfig) -> CLIPTokenizer:
+    """The text tokenizer that a run was begun with, made where it begins: another version may make another one."""
+    if has_checkpoints(output / CHECKPOINTS) and not (output / VOCABULARY).is_dir():
+        raise ValueError(f"the run in {output} has no {VOCABULARY} folder to go on with; name another output folder")
+    for path in each_once([output / VOCABULARY]):
+        with new_folder(path, shared=True) as folder:
+            make_text_tokenizer(captions, config).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(output / VOCABULARY)
 
 
 def shift_images(images: torch.Tensor, largest: int, generators: list[torch.Generator]) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from teachers.component import weights_digest
+from teachers.data import ImageData
 from teachers.folder import new_file
 from teachers.pipeline import MaskedDiffusionPipeline
+from teachers.sources.columns import natural_order
+from teachers.tokenizers.token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +26,17 @@ def sources_of(teacher: MaskedDiffusionPipeline, name: str, prompts: str) -> dic
     parts = {part: getattr(teacher, part) for part in FROZEN}
     weights = {part: weights_digest(network) for part, network in parts.items() if network is not None}
     return {"teacher": _whole(name), "prompts": _whole(prompts), "weights": weights}
+
+
+def data_sources(data: ImageData | TokenCache, captions: str = "") -> dict[str, Any]:
+    """What is known of data wherever it lies: classes, labels (SHA-256), the tokens' tokenizer, the captions' key."""
+    return {
+        "num_images": len(data.labels),
+        "class_names": data.class_names,
+        "labels": hashlib.sha256(data.labels.numpy().tobytes()).hexdigest(),
+        "tokenizer": weights_digest(data.tokenizer) if isinstance(data, TokenCache) else "",  # else the run's own
+        "captions": captions,
+    }
 
 
 def note_sources(run: Path, sources: dict[str, Any]) -> None:
@@ -39,6 +54,27 @@ def check_sources(run: Path, found: dict[str, Any]) -> None:
         raise ValueError(
             f"{found['teacher']} is not the teacher of {run}: another {' and '.join(changed)} (by SHA-256, which "
             f"{run / SOURCES} has); name the one that the run was begun with"
+        )
+
+
+def check_data(run: Path, found: dict[str, Any], labels_are_saved: bool) -> None:
+    """A ValueError where the data are not those that a run was begun with.
+
+    Of a run that did not note them it is known that classes were numbered in the order of their names as text, unless
+    the labels were saved with the tokens.
+    """
+    known, names = _read(run), found["class_names"]
+    if not known:
+        if not labels_are_saved and names != sorted(names) and names == sorted(names, key=natural_order):
+            raise ValueError(
+                f"{run} was begun when classes were numbered in the order of their names as text, {sorted(names)[:3]}; "
+                f"now that is {names[:3]}, and its labels would be of other classes; begin in another output folder"
+            )
+        logger.warning("%s has no %s: whether its data are still the same is not known", run, SOURCES)
+    elif changed := [part for part in found if known.get(part) != found[part]]:
+        raise ValueError(
+            f"the data are not those that {run} was begun with: another {' and '.join(changed)} (which "
+            f"{run / SOURCES} has); name the same, or another output folder"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distill.config import choice, load_config, section, setting
-from distill.jobs.run import CONFIG, note_settings, open_run
+from distill.jobs.run import CONFIG, note_saved, note_settings, open_run
 from distill.jobs.sources import SOURCES, check_sources, locate, note_sources, sources_of
 from distill.loop.alarms import AlarmConfig
 from distill.loop.checkpoint import best_checkpoint, has_checkpoints, newest_checkpoint, step_of, verify_checkpoint
@@ -167,6 +167,7 @@ def train_student(job: StudentJob, monitor: Monitor | None = None) -> bool:
     note_settings(job)
     by_main_process(lambda: note_sources(output, sources))
     finished = trainer.train()
+    note_saved(job)
     accelerator.end_training()
     return finished
 
@@ -237,6 +238,7 @@ def load_student(run: Path, best: bool = False, teacher_name: str = "") -> tuple
     else:
         checkpoint = newest_checkpoint(run / CHECKPOINTS)
     step = step_of(checkpoint)
+    job.teacher = teacher_name or job.teacher
     teacher_name = teacher_name or locate(run, "teacher", job.teacher)
     job.prompts.name = locate(run, "prompts", job.prompts.name)
     try:

@@ -12,10 +12,13 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.config import choice, section, setting
-from distill.jobs.run import note_settings, open_run
+from distill.jobs.run import note_saved, note_settings, open_run
+from distill.jobs.sources import SOURCES, check_data, data_sources, note_sources
 from distill.loop.batches import ShuffledRows
+from distill.loop.checkpoint import has_checkpoints
 from distill.loop.config import TrainingConfig
-from distill.loop.trainer import Trainer
+from distill.loop.host import by_main_process
+from distill.loop.trainer import CHECKPOINTS, Trainer
 from teachers.conditions.condition import ClassLabels, Condition, Conditions
 from teachers.conditions.prompt_cache import PromptCache, write_prompt_cache
 from teachers.data import DataConfig, ImageData, load_data
@@ -96,12 +99,16 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
     """
     data = load_token_cache(Path(job.tokens)) if job.tokens else load_data(job.data)
     check_columns(job, data)
-    accelerator, output = open_run(job, prepared=(TOKENIZER,))
+    accelerator, output = open_run(job, prepared=(TOKENIZER, SOURCES))
+    sources = data_sources(data)
     if isinstance(data, ImageData):
         data = tokenise(job, data, output / TOKENIZER)
     conditions: Conditions = ClassLabels(data.labels)
     if job.text_encoder:
-        conditions = encode_captions(job, data, output.parent / "prompts", accelerator.device)
+        conditions = encoded = encode_captions(job, data, output.parent / "prompts", accelerator.device)
+        sources["captions"] = encoded.folder.name
+    if has_checkpoints(output / CHECKPOINTS):
+        by_main_process(lambda: check_data(output, sources, labels_are_saved=bool(job.tokens)))
     tokenizer = data.tokenizer
     torch.manual_seed(derive_seed(job.training.seed, "denoiser"))
     denoiser = make_denoiser(job, data, conditions)
@@ -132,7 +139,9 @@ def train_teacher(job: TeacherJob, monitor: Monitor | None = None) -> bool:
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     note_settings(job)
+    by_main_process(lambda: note_sources(output, sources))
     finished = trainer.train()
+    note_saved(job)
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:

@@ -9,10 +9,11 @@ import datasets
 import numpy as np
 import PIL.Image
 import PIL.ImageColor
+import PIL.TiffImagePlugin
 import torch
 
 # Modes of grey levels of more than 8 bits, and the formats that Pillow reads as 32 bits though they hold 16.
-SIXTEEN_BITS, LARGEST = "I;16", 2**16 - 1
+SIXTEEN_BITS = "I;16"
 SIXTEEN_BITS_IN_32 = ("PNG", "PPM")
 
 
@@ -77,8 +78,11 @@ def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
         raise ValueError(
             f"the range of its numbers (Pillow's mode {image.mode}) is not known; save it with 8 or 16 bits"
         )
+    bits = 16
+    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # whose 12 bits Pillow leaves as they are
+        bits = image.tag_v2[PIL.TiffImagePlugin.BITSPERSAMPLE][0]
     levels = np.asarray(image)
-    grey = PIL.Image.fromarray((levels * (255 / LARGEST)).round().astype(np.uint8))
+    grey = PIL.Image.fromarray((levels * (255 / (2**bits - 1))).round().astype(np.uint8))
     if "transparency" in image.info:  # the level that is
         grey.putalpha(PIL.Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey

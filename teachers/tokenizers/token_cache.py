@@ -116,6 +116,8 @@ def _claim(
     # What folders of earlier versions do not say is taken on trust; settings that they lack were the usual ones.
     if isinstance(known["weights"], float):
         known["weights"] = source["weights"]
+    if "fingerprint" not in known and not (folder / INDEX).is_file():
+        _check_labels(folder, data, known["shard_size"])
     known = {"fingerprint": source["fingerprint"], **known, "data": asdict(DataConfig()) | known["data"]}
     if known != source:
         raise ValueError(
@@ -125,6 +127,13 @@ def _claim(
     for path in each_once([folder / "tokenizer"]):
         with new_folder(path, shared=True) as staging:
             tokenizer.save_pretrained(staging)
+
+
+def _check_labels(folder: Path, data: ImageData, shard_size: int) -> None:
+    """A ValueError where shards of an earlier version, which sorted classes as text, have other labels than now."""
+    for path, rows in shards_of(folder / "tokens.safetensors", len(data), shard_size).items():
+        if path.is_file() and not torch.equal(load_file(path)["labels"], data.labels[rows.start : rows.stop]):
+            raise ValueError(f"{folder} was begun with other numbers of the classes than now; name another folder")
 
 
 def _codebook_use(shards: Iterable[Path], codebook_size: int) -> tuple[float, float]:

@@ -58,6 +58,21 @@ def test_from_measurements_to_the_report(comparison, teacher, digits, tmp_path):
     }
 
 
+def test_a_teacher_is_measured_again_through_other_features(comparison, teacher, digits):
+    reference = Reference(Pixels(), Pixels()(digits), "297 digits")
+    student = OneStepPipeline(teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher))
+    comparison.grid = Grid((1.0,), (1.0,), (1,), num_tuning_images=20, num_report_images=20)
+    comparison.measure_teacher(teacher, reference)
+    kept = json.loads(comparison.teacher_rows.read_text())
+    known, before = kept["rows"][0]["fd"], {key: kept[key] for key in ("grid", "rows")}
+    assert known != -1.0
+    for features, measured in [("pixels", -1.0), (None, -1.0), ("pixels of another classifier", known)]:
+        before["rows"][0]["fd"] = -1.0
+        comparison.teacher_rows.write_text(json.dumps(before | ({"features": features} if features else {})))
+        comparison.measure(teacher, student, reference)
+        assert json.loads(comparison.measurements.read_text())["teacher"][0]["fd"] == measured
+
+
 def test_too_few_images_are_said_before_any_is_made(comparison, teacher, digits, monkeypatch):
     monkeypatch.setattr("eval.tuning.generate_features", lambda *given, **settings: pytest.fail("images were made"))
     with pytest.raises(ValueError, match="there are 3 real images"):

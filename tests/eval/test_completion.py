@@ -88,6 +88,13 @@ def test_the_command_writes_a_table_and_pictures(command, teacher, student):
         1,
     ]
     arguments = ["--teacher", "teacher", "--students", "student", "--output", "completion", *few]
+    shown = []
+
+    def spread_and_noted(num_rows, num_chosen):
+        shown.append(num_rows)
+        return spread(num_rows, num_chosen)
+
+    monkeypatch.setattr("evaluate_completion.spread", spread_and_noted, raising=False)
     status, last, errors = command("evaluate_completion.py", *arguments, "--classifier", "classifier")
     assert status == 0, errors
     rows = json.loads(last)["rows"]

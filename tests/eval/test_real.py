@@ -47,6 +47,38 @@ def test_settings_that_are_not_given_follow_the_pipeline(teacher, colour_teacher
         assert images.shape == (20, *shape) == (20, *image_shape(pipeline.tokenizer))
 
 
+def test_digits_are_all_unless_a_split_is_named(teacher):
+    for overrides, num_images in [([], 1797), (["split=train"], 1500), (["split=test"], 297), (["split=all"], 1797)]:
+        assert len(data_like(teacher, settings_like(teacher, overrides))) == num_images
+    for split, num_images in [("train", 1797), ("test", 297), ("all", 1797)]:  # the first is the default
+        assert len(data_like(teacher, like(teacher, DataConfig(split=split)))) == num_images
+
+
+def test_images_that_are_made_others_to_compare_with_are_said(teacher, folder, tmp_path, caplog):
+    """As they are, no word; with smaller ones there is nothing to compare with, unless that is meant."""
+    for name, mode, shape in [("same", "L", (8, 8)), ("large", "RGB", (20, 30)), ("small", "L", (8, 6))]:
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            PIL.Image.new(mode, shape).save(tmp_path / name / f"{number}.png")
+    about = {name: settings_like(teacher, [f"name={tmp_path / name}", "label_column="]) for name in ("same", "large")}
+    data_like(teacher, about["same"])
+    data_like(teacher, DataConfig())
+    assert not caplog.records
+    data_like(teacher, about["large"], may_enlarge=False)
+    (record,) = caplog.records
+    assert record.args[1:] == ("30x20 in colour", "8x8 in grey")
+    small = settings_like(teacher, [f"name={tmp_path / 'small'}", "label_column="])
+    assert len(data_like(teacher, small)) == 3
+    with pytest.raises(ValueError, match=r"6x8 in grey .* image_size=8"):
+        data_like(teacher, small, may_enlarge=False)
+
+    rows = [{"image": PIL.Image.new("L", (8, 8)), "label": 0}, {"image": None, "label": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "unlabelled.parquet")
+    config = settings_like(teacher, [f"name={tmp_path / 'unlabelled.parquet'}", "drop_unlabelled=true"])
+    assert len(data_like(teacher, config)) == 1  # what is left out is not looked at
+
+
 def test_settings_that_contradict_the_pipeline_are_refused(teacher, colour_teacher, folder):
     for pipeline, setting, message in [
         (teacher, "image_size=12", "read as 12x12 in grey, where images of 8x8 in grey"),

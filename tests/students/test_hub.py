@@ -39,7 +39,7 @@ one_step.register_to_config(temperature=2.0)
 one_step.save_pretrained(FOLDER + "/hot", push_to_hub=True, repo_id="me/one-step", token=TOKEN)
 one_step.push_to_hub("me/secret", token=TOKEN, private=True, variant="fp16")
 teacher = load_pipeline(FOLDER + "/teacher")
-teacher.push_to_hub("me/models", token=TOKEN, subfolder="teachers/digits")
+teacher.push_to_hub("me/models", token=TOKEN, subfolder="teachers/v1.5")
 """
 OPEN = """
 from diffusers import DiffusionPipeline
@@ -48,7 +48,7 @@ from students import OneStepPipeline
 from students.loading import load_pipeline
 from teachers import MaskedDiffusionPipeline, PatchTokenizer
 tokenizer = PatchTokenizer.from_pretrained(FOLDER + "/teacher/tokenizer")
-in_models = {"subfolder": "teachers/digits", "tokenizer": tokenizer}
+in_models = {"subfolder": "teachers/v1.5", "tokenizer": tokenizer}
 print(json.dumps({
     "by diffusers": tokens(by_diffusers),
     "newest": tokens(OneStepPipeline.from_pretrained("me/one-step")),
@@ -120,7 +120,7 @@ def test_it_opens_by_its_id_as_the_folder_does(hub_and_folder):
     (first, *_) = hub.repositories["me/one-step"].commits
     (files,) = hub.repositories["me/models"].commits.values()
     for name in ("denoiser/pytorch_model.bin", "denoiser/diffusion_pytorch_model.fp16.safetensors", "x.safetensors"):
-        files[f"teachers/digits/{name}"] = b"not asked for"
+        files[f"teachers/v1.5/{name}"] = b"not asked for"
     opened = json.loads(call(hub, folder, OPEN, first))
     refused = opened.pop("refused")
 
@@ -137,6 +137,6 @@ def test_it_opens_by_its_id_as_the_folder_does(hub_and_folder):
         assert reason in line
         assert len(line.splitlines()) == 1
 
-    fetched = {file.removeprefix("teachers/digits/") for name, file in hub.downloads if name == "me/models"}
+    fetched = {file.removeprefix("teachers/v1.5/") for name, file in hub.downloads if name == "me/models"}
     weights = "denoiser/diffusion_pytorch_model.safetensors"  # and none of the code, nor the tokenizer, which was given
     assert fetched == {"model_index.json", "denoiser/config.json", weights, "sampler/scheduler_config.json"}

@@ -1,5 +1,6 @@
 """Folders that are opened, by us and by diffusers itself, and saved again."""
 
+import html
 import json
 import os
 import re
@@ -73,6 +74,51 @@ def test_what_an_export_says_of_itself_stays_when_it_is_saved_again(one_step, tm
         else:
             assert path.read_bytes() == (last / path.relative_to(one_step)).read_bytes(), path
     assert metadata(last / WEIGHTS)["seed"] == "5"
+
+
+def test_what_an_export_says_is_not_said_of_other_weights(one_step, tmp_path, caplog):
+    """Precision and settings do not make them others; of what was changed the licence stays."""
+    (one_step / "LICENSE").write_text("as you like")
+    student = OneStepPipeline.from_pretrained(one_step, torch_dtype=torch.bfloat16, temperature=0.5)
+    student.save_pretrained(tmp_path / "half")
+    assert metadata(tmp_path / "half" / WEIGHTS)["seed"] == "5"
+    assert (tmp_path / "half" / "README.md").is_file()
+    assert not caplog.records
+    student = OneStepPipeline.from_pretrained(one_step)
+    with torch.no_grad():
+        next(student.denoiser.parameters()).view(-1)[-1] += 1e-3
+    student.save_pretrained(tmp_path / "tuned")
+    assert len(caplog.records) == 1
+    assert "seed" not in metadata(tmp_path / "tuned" / WEIGHTS)
+    left_out = {path.name for path in one_step.iterdir()} - {path.name for path in (tmp_path / "tuned").iterdir()}
+    assert left_out == {"README.md", "samples.png", "measurements.json"}
+
+
+@pytest.mark.parametrize("name", ["cat`<script>", "a\n# b\x1b[2J", "*x* [y](z) |", "&lt;b&gt;"])
+def test_names_that_others_wrote_are_text_in_the_card(name, teacher, tmp_path, monkeypatch):
+    names = {str(label): f"{name} {label}" for label in range(10)}
+    student = OneStepPipeline(
+        teacher.denoiser, teacher.tokenizer, TokenInitialiser.for_teacher(teacher), class_names=names
+    )
+    about = {"method": DiMO, "metadata": {}, "measurements": [], "protocol": ""}
+    write_text, encodings = Path.write_text, []
+
+    def noted(path, text, encoding=None, **settings):
+        if path.name in ("README.md", "measurements.json"):
+            encodings.append(encoding)
+        return write_text(path, text, encoding=encoding, **settings)
+
+    monkeypatch.setattr(Path, "write_text", noted)
+    export_student(student, tmp_path / "named", **about)
+    assert encodings == ["utf-8", "utf-8"]
+    (line,) = re.findall("^The columns: (.*)$", (tmp_path / "named" / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert not re.search(r"[<>`*|\[\]\x00-\x1f]|&(?!#\d+;)|(?<!&)#", line)
+    assert html.unescape(line).split("; ")[3] == re.sub(r"[\x00-\x1f]", " ", f"{name} 3.")[: len(name) + 2]
+
+
+def test_diffusers_own_words_are_taken(one_step):
+    student = OneStepPipeline.from_pretrained(pretrained_model_name_or_path=one_step, trust_remote_code=True)
+    assert tokens(student) == tokens(load_pipeline(one_step, trust_remote_code=True))
 
 
 def test_what_a_folder_says_already_is_not_replaced(one_step, tmp_path):

@@ -120,7 +120,7 @@ def test_known_tokens_stay(teacher):
     each = tokens(teacher, [3, 7], num_images_per_prompt=2, latents=known, count=4)
     assert torch.equal(each, tokens(teacher, [3, 3, 7, 7], latents=known[[0, 0, 1, 1]], count=4))
     for wrong in (known[:, :8], torch.full((3, 16), 16), torch.full((2, 16), 17), torch.full((2, 16), 0.5), known[:0]):
-        with pytest.raises(ValueError, match="tokens must be|to go on from"):
+        with pytest.raises(ValueError, match=r"tokens must be|to go on from"):
             teacher([3, 7], latents=wrong)
 
 

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import datasets
@@ -223,3 +224,43 @@ def test_real_parquet_files(shared, folder, settings, shape, num_rows, num_class
     assert 0 <= image.min() < image.max() <= 1
     assert label == (-1 if num_classes == 0 else data.labels[17])
     assert data.texts is None or all(isinstance(text, str) for text in data.texts)
+
+
+@pytest.mark.parametrize("split", ["train", "train[1:]", "train+test"])
+@pytest.mark.parametrize("kind", ["parquet file", "parquet folder", "image folder", "captioned folder", "saved"])
+def test_a_fingerprint_knows_nothing_of_what_datasets_keeps(kind, split, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        if "parquet" in kind:
+            images_in(folder, GREY, GREY, text="ab")
+            (folder / "train.parquet").rename(folder / f"{part}-00000.parquet")
+        else:
+            for number in range(2):
+                GREY.save(folder / part / f"{number}.png")
+        if kind == "captioned folder":
+            (folder / part / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n")
+    if kind == "saved":
+        rows = datasets.Dataset.from_dict({"image": [GREY, GREY]}).cast_column("image", datasets.Image())
+        datasets.DatasetDict(train=rows, test=rows).save_to_disk(folder)
+    path = folder / "train-00000.parquet" if kind == "parquet file" else folder
+    found = set()
+    for cache in ("one", "one", "other"):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / cache)
+        found.add(load_data(DataConfig(name=str(path), split=split, label_column="")).fingerprint)
+    assert len(found) == 1
+    assert (tmp_path / "other").exists() == ("parquet" in kind or kind == "captioned folder")
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    GREY.save(tmp_path / "0.png")
+    (tmp_path / f"{name}.png").write_bytes((tmp_path / "0.png").read_bytes())
+    images_in(tmp_path, GREY)
+    (tmp_path / "train.parquet").rename(tmp_path / f"{name}.parquet")
+    for path in (tmp_path, tmp_path / f"{name}.parquet"):
+        with pytest.raises(ValueError, match=r"caf\\udce9\.p.* is not UTF-8"):
+            load_data(DataConfig(name=str(path), split=name if path == tmp_path else "train", label_column=""))
+    (tmp_path / f"{name}.parquet").unlink()
+    with pytest.raises(ValueError, match=r"caf\\udce9\.png' is not UTF-8"):
+        load_data(DataConfig(name=str(tmp_path), label_column=""))

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from distill.config import load_config
-from distill.jobs.clip import CLIPJob, CLIPNetworkConfig, make_text_tokenizer
+from distill.jobs.clip import CLIPJob, CLIPNetworkConfig, make_text_tokenizer, vocabulary_of_run
 from teachers.conditions.prompts import tokenize
 
 CAPTIONS = ["a red apple", "a green car", "smiling face", "house"] * 3
@@ -51,3 +53,14 @@ def test_a_vocabulary_is_of_the_size_that_was_asked_for():
     assert len(make_text_tokenizer(CAPTIONS, CLIPNetworkConfig(vocabulary_size=514))) == 514
     with pytest.raises(ValueError, match="at least 514"):
         load_config(CLIPJob, overrides=["network.vocabulary_size=513"])
+
+
+def test_a_run_goes_on_with_the_vocabulary_that_it_was_begun_with(tmp_path):
+    config = CLIPNetworkConfig(vocabulary_size=520)
+    begun = vocabulary_of_run(tmp_path, CAPTIONS, config)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    again = vocabulary_of_run(tmp_path, ["other words altogether"] * 9, config)
+    assert again.get_vocab() == begun.get_vocab() == make_text_tokenizer(CAPTIONS, config).get_vocab()
+    shutil.rmtree(tmp_path / "vocabulary")
+    with pytest.raises(ValueError, match="no vocabulary folder"):
+        vocabulary_of_run(tmp_path, CAPTIONS, config)

@@ -102,3 +102,27 @@ def test_a_folder_called_digits(tmp_path, monkeypatch, caplog):
     assert len(load_data(DataConfig(name="./digits", label_column=""))) == 1
     assert len(load_data(DataConfig(name="digits"))) == 1500
     assert "./digits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train_0", "train_1", "test_0"], {"train": 2, "test": 1}),
+        (["train.00000", "train.00001"], {"train": 2}),
+        (["train-1", "train-2", "train-3"], {"train": 3}),
+        (["train_00000_of_00001", "train-00000-of-00001"], {"train_00000_of_00001": 1, "train": 1}),
+        (["train-00001-of-00002"], {"train": 1}),
+        (["coco-2017"], {"coco-2017": 1}),
+        (["a-2016", "a-2017"], {"a-2016": 1, "a-2017": 1}),
+        (["run-1"], {"run-1": 1}),
+        (["run-1", "run-3"], {"run-1": 1, "run-3": 1}),
+        (["00000", "00001", "00007"], {"train": 3}),
+        (["part-00003-9f8e-c000.snappy", "part-00000-9f8e-c000.snappy"], {"train": 2}),
+    ],
+)
+def test_numbered_files_are_shards_where_all_are_there(names, splits, tmp_path):
+    for name in names:
+        rows(0, 1).to_parquet(tmp_path / f"{name}.parquet")
+    assert {split: len(numbers(tmp_path, split)) for split in splits} == splits
+    with pytest.raises(ValueError, match=rf"it has {', '.join(sorted(splits))}; .*name=FILE\.parquet"):
+        numbers(tmp_path, "validation")

@@ -5,6 +5,7 @@ import os
 import PIL.Image
 import pytest
 
+from teachers.data import DataConfig, load_data
 from teachers.sources.dataset import open_dataset
 
 
@@ -137,3 +138,43 @@ def test_changed_files_have_another_fingerprint(tree, tmp_path):
     second = fingerprint()
     (tmp_path / "images" / "dog").rename(tmp_path / "images" / "wolf")
     assert len({first, second, fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_folders_of_the_same_names_in_several_are_no_classes(tree, tmp_path, above):
+    tree(*[f"{above}{kind}/{size}/0.png" for kind in ("cat", "dog") for size in ("big", "small")])
+    with pytest.raises(ValueError, match=r"CLASS/image or SPLIT/CLASS/image"):
+        load_data(DataConfig(name=str(tmp_path / "images")))
+    assert len(load_data(DataConfig(name=str(tmp_path / "images"), label_column=""))) == 4
+
+
+def test_classes_may_keep_their_images_in_a_folder_called_images(tree):
+    paths = [f"train/{name}/images/0.png" for name in ("n01", "n02")]
+    read = tree(*paths, "val/images/0.png", "val/images/1.png")
+    assert read() == (paths, ["n01", "n02"])
+    assert read("validation") == (["val/images/0.png", "val/images/1.png"], None)
+
+
+def test_beside_several_splits_nothing_is_a_class(tree, warned):
+    read = tree("train/0.png", "test/0.png", "masks/0.png", "masks/1.png")
+    assert read() == (["train/0.png"], None)
+    assert read("test") == (["test/0.png"], None)
+    assert all("2 files that are in no split, as masks/0.png" in said for said in warned())
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tree, tmp_path):
+    read = tree("cat/0.png", "dog/0.png", "pool/owl/0.png")
+    (tmp_path / "images" / "latest").symlink_to(".")
+    (tmp_path / "images" / "cat" / "up").symlink_to("..")
+    (tmp_path / "images" / "pool" / "owl").rename(tmp_path / "owl")
+    (tmp_path / "images" / "owl").symlink_to(tmp_path / "owl")
+    assert read() == (["cat/0.png", "dog/0.png", "owl/0.png"], ["cat", "dog", "owl"])
+
+
+def test_metadata_above_the_splits_is_to_be_moved(tree, tmp_path, warned):
+    read = tree("train/cat/0.png", "train/dog/0.png", "test/cat/0.png")
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,text\ntrain/cat/0.png,a\n")
+    assert read()[1] == ["cat", "dog"]
+    (said,) = warned()
+    assert "as metadata.csv" in said
+    assert "move" in said

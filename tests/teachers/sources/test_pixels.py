@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import PIL.Image
@@ -35,6 +36,21 @@ def test_the_largest_numbers_are_white_in_either_order_of_bytes():
     for mode in ("I;16", "I;16B"):
         image = PIL.Image.frombytes(mode, (2, 1), b"\0\0\xff\xff")
         assert image_to_tensor(image, num_channels=1).flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3])
+def test_twelve_bits_have_their_own_range(tmp_path, orientation):
+    """Of a camera: black, a quarter, three quarters and white, in a row; the third orientation is upside down."""
+    levels = [0, 1024, 3072, 4095]
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 274: orientation, 277: 1, 278: 1, 279: 6}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items() if value is not None]
+    packed = sum(level << 12 * place for place, level in enumerate(reversed(levels))).to_bytes(6, "big")
+    content = b"II*\0" + struct.pack("<I", 14) + packed + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    (tmp_path / "0.tiff").write_bytes(content)
+    for row in ({"path": str(tmp_path / "0.tiff"), "bytes": None}, {"path": None, "bytes": content}):
+        found = read_image(row, num_channels=1).flatten()
+        expected = torch.tensor(levels[::-1] if orientation == 3 else levels) / 4095
+        torch.testing.assert_close(found, expected, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("numbers", [np.int32, np.float32])

@@ -172,3 +172,18 @@ def test_a_cache_of_before_there_were_fingerprints_is_taken_on_trust(tokenizer, 
     assert again.num_encoded == 0
     with pytest.raises(ValueError, match="of other images"):
         write_token_cache(folder, again, replace(DIGITS, background="black"), data)
+
+
+def test_a_cache_begun_when_classes_were_sorted_as_text_is_not_gone_on_with(tokenizer, tmp_path):
+    folder, data = tmp_path / "tokens", load_data(DIGITS)
+    before = load_data(DIGITS, ["10", *"0123456789"])  # numbers one higher
+    with pytest.raises(KeyboardInterrupt):
+        write_token_cache(folder, Counting(tokenizer, last=200), DIGITS, before, shard_size=100, batch_size=50)
+    source = json.loads((folder / "source.json").read_text())
+    del source["fingerprint"]
+    (folder / "source.json").write_text(json.dumps(source))
+    with pytest.raises(ValueError, match="other numbers of the classes"):
+        write_token_cache(folder, tokenizer, DIGITS, data, shard_size=100)
+    write_token_cache(folder, tokenizer, DIGITS, before, shard_size=100)
+    write_token_cache(folder, tokenizer, DIGITS, data, shard_size=100)  # nothing is left to do
+    assert torch.equal(load_token_cache(folder).labels, data.labels + 1)
