@@ -28,7 +28,7 @@ from distill.loop.config import TrainingConfig
 from eval.clip_score import ClipFeatures
 from eval.frontier import choose_samplers, frontier_table, measure_frontier, save_default, write_frontier
 from eval.inception import add_inception_options, check_num_images
-from eval.real import data_like, make_features, make_reference, settings_like
+from eval.real import data_like, make_features, make_reference, names_size, settings_like
 from eval.sampling import DTYPES, add_device_options, device_of, json_digest, open_pipeline
 from eval.speed import VARIANTS, compare_speed, speed_table
 from eval.tuning import Grid
@@ -202,7 +202,7 @@ def frontier(arguments: argparse.Namespace) -> None:
         arguments.num_report_images,
     )
     config, prompts = settings_like(teacher, arguments.data), prompts_of(teacher, arguments)
-    data = data_like(teacher, config)
+    data = data_like(teacher, config, may_enlarge=names_size(arguments.data))
     if prompts is None:
         if arguments.features == "inception":
             generated = min(arguments.num_tuning_images, arguments.num_report_images)

@@ -22,7 +22,7 @@ from eval.distances import Gaussian, check_num_samples, frechet_distance
 from eval.evaluate import identify
 from eval.imagenet import read_statistics
 from eval.inception import InceptionFeatures, add_inception_options, check_num_images
-from eval.real import data_like, describe, settings_like
+from eval.real import data_like, describe, names_size, settings_like
 from eval.sampling import (
     add_sampling_options,
     json_digest,
@@ -66,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     check_num_samples(2, generated_images=arguments.num_images)
     if arguments.real_images:
         config = settings_like(pipeline, ["label_column=", *arguments.real_images])
-        data = data_like(pipeline, config)
+        data = data_like(pipeline, config, may_enlarge=names_size(arguments.real_images))
         protocol["data"] = asdict(config) | identify(data)
     if statistics is not None or data is not None:
         check_num_images(arguments, generated_images=arguments.num_images)

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
 
 from teachers.corruption import random_mask
 from teachers.randomness import Generators
@@ -68,13 +69,14 @@ def as_pixels(images: Images, num_channels: int) -> list[torch.Tensor]:
 
 
 def hide(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """An image (C, H, W) with the mean colour of what is known where a mask (1, H, W) hides it.
+    """An image (C, H, W) with the colours of the nearest known pixels where a mask (1, H, W) hides it; else black.
 
-    So nothing of what was there is left for a tokenizer whose tokens know of their surroundings.
+    So nothing of what was there is left for a tokenizer whose tokens know of their surroundings, and it sees no edge.
     """
-    known = (~mask).to(image)
-    mean = (image * known).sum((1, 2), keepdim=True) / known.sum((1, 2), keepdim=True).clamp(min=1)
-    return torch.where(mask, mean, image)
+    if mask.all():
+        return torch.zeros_like(image)
+    row, column = distance_transform_edt(mask[0].cpu().numpy(), return_distances=False, return_indices=True)
+    return image[:, row, column]
 
 
 def _cover(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -36,7 +36,7 @@ def open_dataset(name: str, split: str, labelled: bool = True) -> datasets.Datas
         raise FileNotFoundError(f"there is no parquet file {name}")
     try:
         if path.is_file():
-            return _take(split, name, {part: partial(_parquet, path.parent, part, [path]) for part in _named(split)})
+            return _take(split, name, {part: partial(_parquet, path.parent, [path]) for part in _named(split)})
         if (path / "state.json").is_file():
             return _take(split, name, {part: partial(_saved, path, None) for part in _named(split)})
         if splits := _splits_of_folder(path, labelled):
@@ -53,6 +53,8 @@ def open_dataset(name: str, split: str, labelled: bool = True) -> datasets.Datas
 def slices(split: str, name: str, sizes: Mapping[str, int]) -> list[tuple[str, range]]:
     """The splits and their rows that an expression such as "train[:10%]+test" stands for, as `datasets` reads it."""
     _check_known(split, name, sizes)
+    if split in sizes:  # by a name that `datasets` would not have, as coco-2017
+        return [(split, range(sizes[split]))]
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(dict(sizes))
     return [(part.splitname, range(sizes[part.splitname])[part.from_ : part.to]) for part in parts]
 
@@ -88,7 +90,7 @@ def _splits_of_folder(path: Path, labelled: bool) -> dict[str, Opener]:
     if not path.is_dir() or (card.is_file() and DECLARED.match(card.read_text(encoding="utf-8", errors="replace"))):
         return {}
     if shards := _shards(_parquet_files(path)):
-        return {split: partial(_parquet, path, split, files) for split, files in shards.items()}
+        return {split: partial(_parquet, path, files) for split, files in shards.items()}
     return image_splits(path, labelled)
 
 
@@ -119,10 +121,10 @@ def _shards(files: list[Path]) -> dict[str, list[Path]]:
     return shards
 
 
-def _parquet(folder: Path, split: str, files: list[Path]) -> datasets.Dataset:
+def _parquet(folder: Path, files: list[Path]) -> datasets.Dataset:
     found = fingerprint(folder, [str(file.relative_to(folder)) for file in files])
     names = [glob.escape(str(file)) for file in files]
-    rows = datasets.load_dataset("parquet", data_files={split: names}, split=split)
+    rows = datasets.load_dataset("parquet", data_files={"train": names}, split="train")
     return _known_as(rows, [found])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import PIL.TiffImagePlugin
 import torch
 
 # Modes of grey levels of more than 8 bits, and the formats that Pillow reads as 32 bits though they hold 16.
-SIXTEEN_BITS = "I;16"
+SIXTEEN_BITS, BITS = "I;16", "bits"
 SIXTEEN_BITS_IN_32 = ("PNG", "PPM")
 
 
@@ -25,7 +26,7 @@ def read_image(row: dict[str, Any] | None, **settings) -> torch.Tensor:
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("its row holds none")
     try:
-        return image_to_tensor(datasets.Image().decode_example(row), **settings)
+        return image_to_tensor(_decode(row), **settings)
     except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{row['path']}: {error}" if row["path"] else str(error)) from error
 
@@ -35,9 +36,20 @@ def open_image(path: Path) -> PIL.Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}")
     try:
-        return datasets.Image().decode_example({"bytes": None, "path": str(path)})
+        return _decode({"bytes": None, "path": str(path)})
     except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
+
+
+def _decode(row: dict[str, Any]) -> PIL.Image.Image:
+    """The picture of a row the right way up, with the bits of its grey levels in `info`: one that is turned is a copy
+    without its format."""
+    image = datasets.Image().decode_example(row)
+    if image.mode.startswith(SIXTEEN_BITS):
+        with PIL.Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])) as file:
+            if isinstance(file, PIL.TiffImagePlugin.TiffImageFile):  # whose 12 bits Pillow leaves as they are
+                image.info[BITS] = file.tag_v2[PIL.TiffImagePlugin.BITSPERSAMPLE][0]
+    return image
 
 
 def image_to_tensor(
@@ -78,11 +90,8 @@ def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
         raise ValueError(
             f"the range of its numbers (Pillow's mode {image.mode}) is not known; save it with 8 or 16 bits"
         )
-    bits = 16
-    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # whose 12 bits Pillow leaves as they are
-        bits = image.tag_v2[PIL.TiffImagePlugin.BITSPERSAMPLE][0]
-    levels = np.asarray(image)
-    grey = PIL.Image.fromarray((levels * (255 / (2**bits - 1))).round().astype(np.uint8))
+    levels, largest = np.asarray(image), 2 ** image.info.get(BITS, 16) - 1
+    grey = PIL.Image.fromarray((levels * (255 / largest)).round().astype(np.uint8))
     if "transparency" in image.info:  # the level that is
         grey.putalpha(PIL.Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey

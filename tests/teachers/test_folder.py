@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from teachers.folder import new_file, new_folder, renewed_folder
@@ -39,6 +41,41 @@ def test_a_folder_that_replaces_another_does_so_as_a_whole(tmp_path):
         fail_half_way(staging / "weights")
     assert [path.name for path in (tmp_path / "kept").rglob("*")] == ["parts", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def replace_but_fail_at_the_second(monkeypatch, output, error):
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 2 or (error is SystemExit and len(calls) > 2):  # one that was killed does nothing more
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr("teachers.folder.os.replace", failing)
+    with pytest.raises(error), new_folder(output, replaces=True) as staging:
+        (staging / "new").touch()
+    monkeypatch.undo()
+
+
+def test_a_folder_that_could_not_be_replaced_is_put_back(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").touch()
+    replace_but_fail_at_the_second(monkeypatch, tmp_path / "kept", OSError)
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "old"]
+
+
+def test_a_folder_that_a_process_was_killed_at_replacing_is_put_back_by_the_next(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").touch()
+    replace_but_fail_at_the_second(monkeypatch, tmp_path / "kept", SystemExit)
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "kept", replaces=True):
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["old"]
+    with new_folder(tmp_path / "kept", replaces=True) as staging:
+        (staging / "new").touch()
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["new"]
 
 
 def test_of_a_shared_folder_the_first_stays(tmp_path):

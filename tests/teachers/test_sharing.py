@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from teachers.folder import new_file
-from teachers.sharing import each_once
+from teachers.sharing import each_once, hold
 
 WORKER = """
 import os, sys, time
@@ -68,3 +68,4 @@ def test_without_locks_work_is_done_all_the_same(tmp_path, monkeypatch):
         with new_file(path) as staging:
             staging.touch()
     assert {"a", "b"} <= {path.name for path in tmp_path.iterdir()}
+    assert [hold(tmp_path), hold(tmp_path)] == [None, None]

@@ -10,6 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
 from student_runs import furthest
 
 from distill.config import load_config
@@ -22,6 +23,8 @@ from distill.methods.dimo import DiMO
 from teachers import MaskedDiffusionPipeline
 from teachers.data import DataConfig, load_data
 from teachers.sharing import hold
+from teachers.tokenizers.patch import PatchTokenizer
+from teachers.tokenizers.token_cache import write_token_cache
 
 ROOT = Path(__file__).parents[3]
 TINY = ["network={hidden_size: 16, num_layers: 1, num_attention_heads: 2, mlp_size: 32}", "tokenizer.codebook_size=16"]
@@ -100,6 +103,109 @@ def test_a_text_encoder_that_is_missing_stops_no_other_try(tmp_path, monkeypatch
     assert MaskedDiffusionPipeline.from_pretrained("run/pipeline").codebook_size == 8
 
 
+HAND_WRITTEN = "# mine\nteacher: {teacher}\ntraining:\n  num_steps: 6\n"
+FOREIGN = {
+    "another program's": {"config.yaml": "model:\n  target: ldm\n", "checkpoints/last.ckpt": "", "samples/a.png": ""},
+    "hand-written": {"config.yaml": HAND_WRITTEN},
+    "with weights": {"config.yaml": HAND_WRITTEN, "checkpoints/pretrained.safetensors": ""},
+}
+
+
+@pytest.mark.parametrize("resume", [[], ["training.resume=true"]], ids=["anew", "resumed"])
+@pytest.mark.parametrize("whose", FOREIGN)
+def test_nothing_that_no_run_wrote_is_overwritten_or_removed(run, tmp_path, whose, resume):
+    for name, text in FOREIGN[whose].items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(text.format(teacher=tmp_path / "teacher"))
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="not the folder of a run" if resume else "not empty"):
+        run("run", *resume)
+    assert files(tmp_path / "run") == before
+
+
+def edit(folder):
+    (folder / "config.yaml").write_text("# mine now\n" + (folder / "config.yaml").read_text())
+
+
+def put_weights(folder):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "pretrained.safetensors").touch()
+
+
+@pytest.mark.parametrize("change", [edit, put_weights])
+def test_what_was_put_into_a_failed_run_is_not_begun_over(run, monkeypatch, tmp_path, change):
+    fail_at(monkeypatch, 1)
+    with pytest.raises(FloatingPointError):
+        run("run")
+    monkeypatch.undo()
+    change(tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("interrupted", [[], ["training.max_steps=2", "training.log_every=5"]])
+def test_a_run_that_saved_once_is_not_begun_over_when_its_checkpoints_are_gone(run, tmp_path, interrupted):
+    run("run", *interrupted)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_failed_run_of_before_runs_were_marked_is_only_resumed(run, monkeypatch, tmp_path):
+    fail_at(monkeypatch, 1)
+    with pytest.raises(FloatingPointError):
+        run("run", "training.resume=true")
+    monkeypatch.undo()
+    (tmp_path / "run" / ".run").unlink()
+    put_weights(tmp_path / "run")
+    (tmp_path / "run" / "samples").mkdir()
+    (tmp_path / "run" / "samples" / "a.png").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    assert run("run", "training.resume=true")[2] == 6
+    assert {"samples/a.png", "checkpoints/pretrained.safetensors"} <= files(tmp_path / "run").keys()
+
+
+def test_without_locks_no_run_is_begun_over(run, monkeypatch, tmp_path):
+    """Another process may be at work in it, and nobody can tell."""
+
+    def unknown(*arguments):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with monkeypatch.context() as failing:
+        fail_at(failing, 3)
+        with pytest.raises(FloatingPointError):
+            run("run")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    assert files(tmp_path / "run") == before
+    assert run("run", "training.resume=true")[2] == 6
+
+
+def test_a_checkpoint_that_another_process_makes_until_the_folder_is_held_stays(run, monkeypatch, tmp_path):
+    fail_at(monkeypatch, 1)
+    with pytest.raises(FloatingPointError):
+        run("run")
+    monkeypatch.undo()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+
+    def late(folder):
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").touch()
+        return hold(folder)
+
+    monkeypatch.setattr("distill.jobs.run.hold", late)
+    with pytest.raises(ValueError, match="not empty"):
+        run("run")
+    assert (checkpoint / "manifest.json").exists()
+
+
 def test_what_is_not_a_run_s_or_was_learnt_is_not_begun_over(run, tmp_path):
     run("saved", "training.checkpoint_every=2")
     shutil.rmtree(tmp_path / "saved" / "checkpoints")  # to make room
@@ -142,6 +248,60 @@ def test_a_teacher_s_run_does_not_go_on_with_another_network_or_tokenizer(tmp_pa
     }.items():
         with pytest.raises(ValueError, match=values):
             train_teacher(load_config(TeacherJob, overrides=[*settings, setting, "training.resume=true"]))
+    assert files(tmp_path / "run") == before
+
+
+def image_folder(folder, names, shade=0):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for image in range(4):
+            PIL.Image.new("L", (8, 8), shade + 40 * number + 10 * image).save(folder / name / f"{image}.png")
+
+
+def train_on(folder, *overrides):
+    settings = [f"output={folder.parent / 'run'}", *TINY, "tokenizer.codebook_size=4", f"data.name={folder}"]
+    return train_teacher(load_config(TeacherJob, overrides=[*settings, *overrides]))
+
+
+def test_data_may_be_moved_but_not_be_others(tmp_path, monkeypatch):
+    image_folder(tmp_path / "images", ["cat", "dog"])
+    train_on(tmp_path / "images", "training.max_steps=1")
+    before = files(tmp_path / "run")
+    image_folder(tmp_path / "others", ["cat", "emu"])
+    image_folder(tmp_path / "more", ["cat", "dog", "emu"])
+    for name in ("others", "more"):
+        with pytest.raises(ValueError, match="class_names"):
+            train_on(tmp_path / name, "training.resume=true")
+    assert files(tmp_path / "run") == before
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert train_on(Path("moved"), f"output={tmp_path / 'run'}", "training.resume=true")
+
+
+def test_tokens_may_be_moved_but_not_be_of_another_tokenizer(tmp_path):
+    data = load_data(DataConfig(split="train[:64]"))
+    for name, size in {"tokens": 16, "others": 8}.items():
+        tokenizer = PatchTokenizer.fit(data.images(), patch_size=2, codebook_size=size)
+        write_token_cache(tmp_path / name, tokenizer, DataConfig(split="train[:64]"), data)
+    images = tmp_path / "none"
+    train_on(images, f"tokens={tmp_path / 'tokens'}", "training.max_steps=1")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train_on(images, f"tokens={tmp_path / 'others'}", "training.resume=true")
+    shutil.move(tmp_path / "tokens", tmp_path / "moved")
+    assert train_on(images, f"tokens={tmp_path / 'moved'}", "training.resume=true")
+
+
+@pytest.mark.parametrize(("names", "goes_on"), [(["1", "2", "3"], True), (["1", "2", "10"], False)])
+def test_a_run_of_before_data_were_noted_does_not_go_on_with_permuted_labels(tmp_path, names, goes_on):
+    image_folder(tmp_path / "images", names)
+    train_on(tmp_path / "images", "training.max_steps=1")
+    (tmp_path / "run" / "sources.json").unlink()
+    before = files(tmp_path / "run")
+    if goes_on:
+        assert train_on(tmp_path / "images", "training.resume=true")
+        return
+    with pytest.raises(ValueError, match="as text"):
+        train_on(tmp_path / "images", "training.resume=true")
     assert files(tmp_path / "run") == before
 
 
@@ -234,6 +394,8 @@ def test_the_teacher_is_found_from_anywhere_and_where_it_was_moved(run, tmp_path
     assert "internet" not in str(error.value)
     status, _, errors = command("export.py", "../run", "--teacher", "../moved", "--output", "one")
     assert status == 0, errors
+    with safe_open(next(Path("one/denoiser").glob("*.safetensors")), "pt") as weights:
+        assert weights.metadata()["teacher"] == "../moved"
     again, _, _ = load_student(tmp_path / "run", teacher_name="../moved")
     assert furthest(again.denoiser.state_dict(), student.denoiser.state_dict()) == 0
     run("run", "teacher=../moved", "training.resume=true", "training.num_steps=7")
