@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from distill.config import section, setting
-from distill.jobs.run import note_settings, open_run
+from distill.jobs.run import note_saved, note_settings, open_run
+from distill.jobs.sources import SOURCES, check_data, data_sources, note_sources
 from distill.loop.batches import ShuffledRows
 from distill.loop.checkpoint import has_checkpoints
 from distill.loop.config import TrainingConfig
+from distill.loop.host import by_main_process
 from distill.loop.trainer import CHECKPOINTS, Trainer, on_main_process
 from teachers.conditions.prompts import tokenize
 from teachers.data import DataConfig, ImageData, load_data
@@ -102,7 +105,10 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
     data = load_data(job.data)
     if data.texts is None:
         raise ValueError("a CLIP learns from captions: name their column (data.text_column)")
-    accelerator, output = open_run(job, prepared=(VOCABULARY,))
+    accelerator, output = open_run(job, prepared=(VOCABULARY, SOURCES))
+    sources = data_sources(data, captions=hashlib.sha256("\n".join(data.texts).encode()).hexdigest())
+    if has_checkpoints(output / CHECKPOINTS):
+        by_main_process(lambda: check_data(output, sources, labels_are_saved=True))  # there are none
     tokenizer = vocabulary_of_run(output, data.texts, job.network)
     processor = CLIPProcessor(make_image_processor(data), tokenizer)
     torch.manual_seed(derive_seed(job.training.seed, "clip"))
@@ -132,7 +138,9 @@ def train_clip(job: CLIPJob, monitor: Monitor | None = None) -> bool:
         run_settings=asdict(job.network) | {"batch_size": job.training.batch_size},
     )
     note_settings(job)
+    by_main_process(lambda: note_sources(output, sources))
     finished = trainer.train()
+    note_saved(job)
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from distill.config import section, setting
-from distill.jobs.run import note_settings, open_run
+from distill.jobs.run import note_saved, note_settings, open_run
+from distill.jobs.sources import SOURCES, check_data, data_sources, note_sources
 from distill.loop.batches import ShuffledRows
+from distill.loop.checkpoint import has_checkpoints
 from distill.loop.config import TrainingConfig
+from distill.loop.host import by_main_process
 from distill.loop.signals import Hopeless
-from distill.loop.trainer import Trainer, on_main_process
+from distill.loop.trainer import CHECKPOINTS, Trainer, on_main_process
 from teachers.data import DataConfig, load_data
 from teachers.folder import new_folder
 from teachers.objectives.vq import VQConfig, VQObjective
@@ -62,7 +65,10 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
     It must return the codebook's `perplexity`, and training ends as `Hopeless` if that is too low half-way.
     """
     data = load_data(job.data)
-    accelerator, output = open_run(job)
+    accelerator, output = open_run(job, prepared=(SOURCES,))
+    sources = data_sources(data)
+    if has_checkpoints(output / CHECKPOINTS):
+        by_main_process(lambda: check_data(output, sources, labels_are_saved=True))  # labels are nothing to it
     torch.manual_seed(derive_seed(job.training.seed, "tokenizer"))
     image, _ = data[0]
     tokenizer = make_tokenizer(job.network, image.shape).train()
@@ -88,7 +94,9 @@ def train_tokenizer(job: TokenizerJob, monitor: Monitor) -> bool:
         run_settings=asdict(job.objective) | {"batch_size": job.training.batch_size},
     )
     note_settings(job)
+    by_main_process(lambda: note_sources(output, sources))
     finished = trainer.train()
+    note_saved(job)
     network = trainer.averaged_network()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
