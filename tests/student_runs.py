@@ -7,6 +7,26 @@ from accelerate.state import AcceleratorState
 
 from distill.config import load_config
 from distill.jobs.student import StudentJob, load_student, train_student
+from distill.methods.dimo import DiMO
+
+TINY = ["network={hidden_size: 16, num_layers: 1, num_attention_heads: 2, mlp_size: 32}", "tokenizer.codebook_size=16"]
+TINY += ["training={num_steps: 2, batch_size: 8, tracker: none, log_every: 1}"]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fail_at(monkeypatch, call):
+    losses, calls = DiMO.losses, []
+
+    def faulty(self, *arguments):
+        calls.append(None)
+        if len(calls) == call:
+            raise FloatingPointError("it was too much")
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(DiMO, "losses", faulty)
 
 
 @pytest.fixture
