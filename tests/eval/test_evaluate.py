@@ -40,7 +40,7 @@ def test_the_classifier_knows_digits_and_is_kept(features):
 
 def test_real_images_measure_well_and_noise_does_not(features):
     data = load_data(DataConfig(split="all"))
-    reference = make_reference(features[0], DataConfig())
+    reference = make_reference(features[0], DataConfig(split="all"))
     real = reference.measure(reference.real_features, data.labels)
     noise = reference.measure(features[0](torch.rand(1797, 1, 8, 8)), data.labels)
     assert real["fd"] < 1e-6
@@ -124,7 +124,7 @@ def test_a_bounded_reference_is_spread_over_the_data():
     assert len(rows.unique()) == 1000
     assert (rows.diff() <= 2).all()
     assert len(Reference(Watch(), torch.rand(10_001, 2), "noise").neighbours) == 10_000
-    reference = make_reference(Watch(), DataConfig(), 50)
+    reference = make_reference(Watch(), DataConfig(split="all"), 50)
     assert torch.equal(
         reference.real_features, load_data(DataConfig(split="all")).images()[spread(1797, 50)].flatten(1)
     )

@@ -38,7 +38,7 @@ def made(folder):
 
 def test_each_is_made_once_and_all_are_there_in_the_end(tmp_path):
     workers = [start(tmp_path, 0.1) for _ in range(3)]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0, 0]
     assert sorted(name for name, _ in made(tmp_path)) == [str(number) for number in range(8)]
     assert len({process for _, process in made(tmp_path)}) > 1
 
@@ -54,7 +54,7 @@ def test_what_a_dead_process_had_begun_is_made_by_one_that_waits(tmp_path):
     assert other.poll() is None  # it waits for the one that is left
     os.kill(slow.pid, signal.SIGKILL)
     slow.wait()
-    assert other.wait(timeout=60) == 0
+    assert other.wait(timeout=240) == 0
     begun = [name for name, _ in made(tmp_path)]
     assert sorted(begun) == sorted(["0", *map(str, range(8))])
 
