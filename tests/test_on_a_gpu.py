@@ -55,11 +55,11 @@ def moved(condition):
 
 
 def distillation(denoiser, samples="fresh", **settings):
-    """Di[M]O with everything that needs draws: noise, marginals, guidance, soft targets."""
+    """Di[M]O with everything that needs draws: noise, marginals, known tokens, guidance, soft targets."""
     config = DiMOConfig(guidance_scale=2.0, auxiliary_samples=samples, auxiliary_soft_weight=0.5, top_k=5, **settings)
     classes = denoiser.config.num_classes if denoiser.condition_kind == "classes" else 0
     initialiser = TokenInitialiser(
-        (4, 4), 24, classes, denoiser.mask_token_id, random_tokens="marginal", embedding_noise=0.3
+        (4, 4), 24, classes, denoiser.mask_token_id, random_tokens="marginal", embedding_noise=0.3, known_tokens=0.5
     )
     initialiser.marginals.fill([torch.full((max(classes, 1), 16, 24), 1 / 24)])
     return DiMO(config, denoiser, initialiser.to("cuda"), lambda: make_learner(denoiser, True))
