@@ -52,7 +52,8 @@ def run(teacher, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own would have its own
         train_student(job, monitor)
         pipeline, _, step = load_student(tmp_path / name)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        metrics = tmp_path / name / "metrics.jsonl"  # which a run that ends before its first line has not
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         return pipeline.denoiser.state_dict(), lines, step
 
     return run

@@ -15,7 +15,10 @@ import os, sys, time
 from pathlib import Path
 from teachers.folder import new_file
 from teachers.sharing import each_once
-folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+folder, pause, num_workers = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+(folder / f"ready-{os.getpid()}").touch()
+while len(list(folder.glob("ready-*"))) < num_workers:  # importing takes some of them longer than others
+    time.sleep(0.01)
 for path in each_once([folder / str(number) for number in range(8)]):
     with (folder / "log").open("a") as log:
         log.write(f"{path.name} {os.getpid()}\\n")
@@ -26,8 +29,8 @@ assert all((folder / str(number)).exists() for number in range(8))
 """
 
 
-def start(folder, pause):
-    command = [sys.executable, "-c", WORKER, str(folder), str(pause)]
+def start(folder, pause, num_workers=1):
+    command = [sys.executable, "-c", WORKER, str(folder), str(pause), str(num_workers)]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
 
 
@@ -37,7 +40,7 @@ def made(folder):
 
 
 def test_each_is_made_once_and_all_are_there_in_the_end(tmp_path):
-    workers = [start(tmp_path, 0.1) for _ in range(3)]
+    workers = [start(tmp_path, 0.1, num_workers=3) for _ in range(3)]
     assert [worker.wait(timeout=240) for worker in workers] == [0, 0, 0]
     assert sorted(name for name, _ in made(tmp_path)) == [str(number) for number in range(8)]
     assert len({process for _, process in made(tmp_path)}) > 1
